@@ -1,0 +1,155 @@
+"""Plain data that crosses the engine's border. Knows neither torch nor HTTP.
+
+Every object here is frozen: what one side hands over, the other side cannot change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. The first two reach OpenAI clients as they are."""
+
+    STOP = "stop"  # a stop token, or a stop string
+    LENGTH = "length"  # max_tokens reached
+    ABORT = "abort"  # client gone, deadline passed, or drained
+    ERROR = "error"  # the engine failed the request; OutputDelta.error says how
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens of one request are drawn, in rapid-sampling's order and meaning.
+
+    Penalties, then temperature, softmax, then top-k and top-p together.
+    `presence_penalty` is subtracted from the logit of a token generated once,
+    `repetition_penalty` is added to that for each further time (additive, not the
+    multiplicative one of other engines), and the sum decays by `penalty_decay` per
+    generated token. Prompt tokens are never penalised.
+    """
+
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 0 = greedy, 1 = off
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 0.0
+    penalty_decay: float = 1.0
+    seed: int = 0  # draws depend on (seed, position) only, 0 <= seed < 2**64
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()  # removed from the text
+    stop_token_ids: tuple[int, ...] = (0,)  # end the request, give no text
+    banned_token_ids: tuple[int, ...] = ()
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0 or self.top_p == 0.0 or self.top_k == 1
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.presence_penalty != 0.0 or self.repetition_penalty != 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """One token stream to compute. `prompt_ids` is never empty (token 0 begins a document)."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0  # higher first among the waiting
+    timeout_s: float | None = None  # from submission; then FinishReason.ABORT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputDelta:
+    """What a request produced since its reader last looked.
+
+    `text` is complete UTF-8 and never holds part of a stop string; it may be empty in the
+    last delta only. Exactly one delta per request has a `finish_reason`, and it is the last.
+    """
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    matched_stop: str | None = None  # the stop string that ended it
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0  # so far, stop token included
+    num_cached_tokens: int = 0  # of the prompt, taken from a snapshot
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What a replica serves, for the start-up line, /v1/models and /health."""
+
+    model_name: str
+    num_parameters: int
+    device: str
+    dtype: str
+    state_dtype: str
+    num_slots: int  # usable ones; the zero page is not counted
+    page_bytes: int  # one state, all layers
+    vocab_size: int
+    fingerprint: str
+    max_batch_size: int
+    max_batch_tokens: int
+    paragraph_len: int
+    max_context_len: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveLimits:
+    """The limits that can change between two steps, without a new replica."""
+
+    decode_first: bool
+    max_batch_tokens: int
+    max_waiting: int
+    max_context_len: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    """One committed step."""
+
+    duration_s: float
+    num_decode_rows: int
+    num_prefill_rows: int
+    num_prefill_tokens: int
+    inter_token_s: tuple[float, ...] = ()  # one per sequence that got a further token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestStats:
+    """One finished request. Times are seconds; None where the request never got so far."""
+
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    queue_s: float | None
+    prefill_s: float | None
+    time_to_first_token_s: float | None
+    latency_s: float
+
+
+class StatsSink(Protocol):
+    """Where the engine sends its stats; api/metrics.py is the one that knows Prometheus."""
+
+    def on_step(self, stats: StepStats) -> None: ...
+
+    def on_request(self, stats: RequestStats) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSnapshot:
+    """Gauges, taken when somebody asks."""
+
+    num_running: int
+    num_waiting: int
+    num_slots: int
+    num_free_slots: int
+    is_accepting: bool
+    is_dead: bool
+    seconds_since_commit: float | None  # None when nothing is in flight
