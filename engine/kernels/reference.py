@@ -1,0 +1,237 @@
+"""The specification: every RWKV-7 operation in plain torch, differentiable, never tuned.
+
+Other backends are tested against this file; this file is tested against the `rwkv` package and
+float64. Formulas: "RWKV-7 Goose", arXiv 2503.14456, and BlinkDL/RWKV-LM (RWKV-v7/train_temp).
+
+Legend: T packed tokens of all sequences, S sequences, H heads, N head size, C = H*N channels,
+V vocabulary, M rows. A state matrix is stored [key, value]: row j belongs to key channel j.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+DECAY_SCALE = -math.exp(-0.5)  # log decay = DECAY_SCALE * sigmoid(d), so w lies in (0.545, 1)
+GROUP_NORM_EPS = 64e-5
+CHUNK_LEN = 32
+
+
+def log_decay(d: Tensor) -> Tensor:
+    """log w of the raw decay activation `d`: w = exp(-exp(-1/2) * sigmoid(d))."""
+    return DECAY_SCALE * torch.sigmoid(d)
+
+
+def shift_tokens(x_TC: Tensor, lengths: tuple[int, ...], last_SC: Tensor) -> Tensor:
+    """The token before each token: x moved down by one, `last_SC` at the head of each sequence."""
+    previous = torch.cat([x_TC[:1], x_TC[:-1]])
+    starts = _starts(lengths, x_TC.device)
+    return previous.index_copy(0, starts, last_SC.to(x_TC.dtype))
+
+
+def last_tokens(x_TC: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """The rows [S, C] of each sequence's last token."""
+    ends = _starts(lengths, x_TC.device) + torch.tensor(lengths, device=x_TC.device) - 1
+    return x_TC[ends]
+
+
+def wkv7(
+    r: Tensor,
+    lw: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    lengths: tuple[int, ...],
+    state_SHNN: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The WKV-7 recurrence over packed sequences.
+
+    Six inputs [T, H, N] of the state's dtype, `lw` the log decay; state [S, H, N, N].
+    Returns y [T, H, N] and the states after each sequence's last token.
+    Single tokens take one step of the recurrence, longer sequences the chunked form.
+    """
+    if max(lengths) == 1:
+        y, state = wkv7_step(r, lw, k, v, a, b, state_SHNN)
+        return y, state
+    if len(set(lengths)) == 1:
+        dense = [x.view(len(lengths), lengths[0], *x.shape[1:]) for x in (r, lw, k, v, a, b)]
+        y, state = wkv7_chunked(*dense, state_SHNN)
+        return y.reshape(r.shape), state
+    # Padding with zeros is exact: w = 1, k = v = a = b = 0 leaves the state as it is.
+    dense = [pad_sequence(list(x.split(lengths)), batch_first=True) for x in (r, lw, k, v, a, b)]
+    y, state = wkv7_chunked(*dense, state_SHNN)
+    return torch.cat([y[i, :n] for i, n in enumerate(lengths)]), state
+
+
+def wkv7_step(
+    r: Tensor, lw: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token of the recurrence; inputs [..., H, N], state [..., H, N, N].
+
+    u = Sᵀa;  S ← diag(w) S + b uᵀ + k vᵀ;  y = Sᵀr    (S is [key, value])
+    """
+    u = torch.einsum("...j,...ji->...i", a, state)
+    state = (
+        lw.exp().unsqueeze(-1) * state
+        + b.unsqueeze(-1) * u.unsqueeze(-2)
+        + k.unsqueeze(-1) * v.unsqueeze(-2)
+    )
+    return torch.einsum("...j,...ji->...i", r, state), state
+
+
+def wkv7_recurrent(
+    r: Tensor, lw: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The definition, token by token; inputs [B, T, H, N], state [B, H, N, N]."""
+    ys = []
+    for t in range(r.shape[1]):
+        y, state = wkv7_step(r[:, t], lw[:, t], k[:, t], v[:, t], a[:, t], b[:, t], state)
+        ys.append(y)
+    return torch.stack(ys, dim=1), state
+
+
+def wkv7_chunked(
+    r: Tensor,
+    lw: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    chunk_len: int = CHUNK_LEN,
+) -> tuple[Tensor, Tensor]:
+    """The same result by matrix products within chunks; inputs [B, T, H, N].
+
+    With L the running sum of log decays inside a chunk, tokens of the chunk see each other
+    through strictly lower triangular products and the past through the state at its start:
+    U = (I - AB)⁻¹ (AK V + A S),  Y = R S + RB U + RK V,  S' = e (S + Bᵀ U + Kᵀ V).
+    e^{-L} stays below e^{0.61 * chunk_len}, within float32 for chunks of 32.
+    The inverse is a forward substitution: doubling products overflow on repeated tokens.
+    """
+    num_tokens = r.shape[1]
+    chunk_len = min(chunk_len, num_tokens)
+    padding = -num_tokens % chunk_len
+    num_chunks = (num_tokens + padding) // chunk_len
+
+    def chunks(x: Tensor) -> Tensor:  # [B, T, H, N] -> [B, H, chunk, token, N]
+        x = F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x
+        return x.unflatten(1, (num_chunks, chunk_len)).permute(0, 3, 1, 2, 4)
+
+    r, lw, k, v, a, b = (chunks(x) for x in (r, lw, k, v, a, b))
+    sums = lw.cumsum(-2)
+    grow = (-sums).exp()
+    a_in, r_in = a * (sums - lw).exp(), r * sums.exp()
+    bk = torch.cat([b * grow, k * grow], dim=-2)
+    total = sums[..., -1:, :].exp()  # decay over the whole chunk
+    ab, ak = (a_in @ bk.mT).split(chunk_len, dim=-1)
+    rb, rk = (r_in @ bk.mT).split(chunk_len, dim=-1)
+    ab, ak, rb, rk = ab.tril(-1), ak.tril(-1), rb.tril(), rk.tril()
+    # U = solved_v + solved_a @ S for whatever state S the chunk begins with
+    solved = torch.linalg.solve_triangular(
+        torch.eye(chunk_len, dtype=r.dtype, device=r.device) - ab,
+        torch.cat([ak @ v, a_in], dim=-1),
+        upper=False,
+        unitriangular=True,
+    )
+    solved_v, solved_a = solved.chunk(2, dim=-1)
+    bk_out = (bk * total).mT
+    b_out, k_out = bk_out.chunk(2, dim=-1)
+    kv, total = k_out @ v, total.mT
+    states, us = [], []
+    for i in range(num_chunks):
+        states.append(state)
+        u = torch.baddbmm(
+            solved_v[:, :, i].flatten(0, 1), solved_a[:, :, i].flatten(0, 1), state.flatten(0, 1)
+        ).view_as(solved_v[:, :, i])
+        us.append(u)
+        state = total[:, :, i] * state + b_out[:, :, i] @ u + kv[:, :, i]
+    y = r_in @ torch.stack(states, dim=2) + rb @ torch.stack(us, dim=2) + rk @ v
+    return y.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :num_tokens], state
+
+
+def readout(
+    y_THN: Tensor,
+    r_THN: Tensor,
+    k_THN: Tensor,
+    v_THN: Tensor,
+    r_k_HN: Tensor,
+    weight_C: Tensor,
+    bias_C: Tensor,
+) -> Tensor:
+    """Group norm of y per head, plus the bonus (Σ r k r_k) v of the current token; [T, C]."""
+    T, H, N = y_THN.shape
+    normed = F.group_norm(y_THN.reshape(T, H * N), H, weight_C, bias_C, GROUP_NORM_EPS)
+    bonus = (r_THN * k_THN * r_k_HN).sum(-1, keepdim=True) * v_THN
+    return normed + bonus.reshape(T, H * N)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+class _CrossEntropyL2Wrap(torch.autograd.Function):
+    """Loss and both gradients in row chunks, so [M, V] logits never exist at once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        l2wrap: bool,
+        rows_per_chunk: int,
+    ) -> Tensor:
+        num_rows = hidden.shape[0]
+        loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        loss = loss.to(hidden.device)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for rows in torch.arange(num_rows, device=hidden.device).split(rows_per_chunk):
+            x, y = hidden[rows], targets[rows].unsqueeze(-1)
+            logits = (x @ weight.T).to(loss.dtype)
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            loss += (log_sum - logits.gather(-1, y)).sum()
+            grad = (logits - log_sum).exp_()
+            grad.scatter_add_(-1, y, -torch.ones_like(y, dtype=grad.dtype))
+            if l2wrap:
+                top, index = logits.max(-1, keepdim=True)
+                grad.scatter_add_(-1, index, top * 1e-4)
+            grad = (grad / num_rows).to(hidden.dtype)
+            grad_hidden[rows] = grad @ weight
+            grad_weight.addmm_(grad.T, x)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss / num_rows
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (upstream,) = grads
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * upstream, grad_weight * upstream, None, None, None
+
+
+def cross_entropy_l2wrap(
+    hidden_MC: Tensor,
+    weight_VC: Tensor,
+    targets_M: Tensor,
+    l2wrap: bool = True,
+    rows_per_chunk: int = 2048,
+) -> Tensor:
+    """Mean cross-entropy of `hidden @ weight.T`, in nats.
+
+    L2Wrap (RWKV-LM) changes only the gradient: the largest logit z of each row gets
+    1e-4 * z / M on top, times the upstream gradient, which keeps logits from drifting away.
+    """
+    loss: Tensor = _CrossEntropyL2Wrap.apply(  # type: ignore[no-untyped-call]
+        hidden_MC, weight_VC, targets_M, l2wrap, rows_per_chunk
+    )
+    return loss
+
+
+def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    ends = torch.tensor(lengths, device=device).cumsum(0)
+    return ends - torch.tensor(lengths, device=device)

@@ -1,0 +1,248 @@
+"""RWKV-7 ("Goose", x070) as a torch module with the official parameter names.
+
+One forward for serving and training: packed sequences of any lengths, states read from one set
+of slots and written to another. It knows shapes and formulas, not schedules or files.
+
+Legend: T packed tokens, S sequences in the batch, L layers, C channels, H heads, N head size,
+V vocabulary. Slots index the first dimension of a `State`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from config.schema import ModelConfig
+from engine.kernels import reference as kernels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDims:
+    """Everything that fixes the shapes of a checkpoint."""
+
+    num_cells: int
+    vocab_size: int
+    embedded_dim: int
+    head_size: int
+    ffn_dim: int
+    w_lora_rank: int
+    a_lora_rank: int
+    v_lora_rank: int
+    g_lora_rank: int
+
+    @property
+    def num_heads(self) -> int:
+        return self.embedded_dim // self.head_size
+
+    @staticmethod
+    def from_config(cfg: ModelConfig) -> ModelDims:
+        return ModelDims(
+            num_cells=cfg.num_cells,
+            vocab_size=cfg.vocab_size,
+            embedded_dim=cfg.embedded_dim,
+            head_size=cfg.head_size,
+            ffn_dim=cfg.ffn_dim,
+            w_lora_rank=cfg.lora_ranks.w,
+            a_lora_rank=cfg.lora_ranks.a,
+            v_lora_rank=cfg.lora_ranks.v,
+            g_lora_rank=cfg.lora_ranks.g,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Recurrent states of many sequences, one per slot.
+
+    wkv [slots, L, H, N, N], row = key; shift [slots, L, 2, C], the last token seen by the time
+    mix (0) and by the channel mix (1).
+    """
+
+    wkv: Tensor
+    shift: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Which tokens belong to which sequence, and where states come from and go to.
+
+    `lengths` on the host, `src_slot` and `dst_slot` [S] int64 on the device. No two sequences
+    may share a dst, and none may write a slot that another one of the batch reads.
+    """
+
+    lengths: tuple[int, ...]
+    src_slot: Tensor
+    dst_slot: Tensor
+
+
+class TimeMix(nn.Module):
+    def __init__(self, dims: ModelDims, layer: int) -> None:
+        super().__init__()
+        C, H, N = dims.embedded_dim, dims.num_heads, dims.head_size
+        self.layer, self.num_heads, self.head_size = layer, H, N
+        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "v0", "k_k", "k_a"):
+            self.register_parameter(name, nn.Parameter(torch.empty(1, 1, C)))
+        for name, rank in (
+            ("w", dims.w_lora_rank),
+            ("a", dims.a_lora_rank),
+            ("v", dims.v_lora_rank),
+            ("g", dims.g_lora_rank),
+        ):
+            self.register_parameter(f"{name}1", nn.Parameter(torch.empty(C, rank)))
+            self.register_parameter(f"{name}2", nn.Parameter(torch.empty(rank, C)))
+        self.r_k = nn.Parameter(torch.empty(H, N))
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.key = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(C, C, bias=False)
+        self.output = nn.Linear(C, C, bias=False)
+        self.ln_x = nn.GroupNorm(H, C, eps=kernels.GROUP_NORM_EPS)
+
+    def forward(
+        self, x: Tensor, v_first: Tensor | None, batch: Batch, state: State
+    ) -> tuple[Tensor, Tensor]:
+        """x [T, C] -> (output [T, C], the values of the first layer [T, C])."""
+        previous = _take_shift(x, 0, self.layer, batch, state)
+        delta = previous - x
+        x_r, x_w, x_k, x_v, x_a, x_g = (
+            x + delta * getattr(self, f"x_{name}")[0] for name in "rwkvag"
+        )
+        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
+        d = self.w0[0] + torch.tanh(x_w @ self.w1) @ self.w2
+        a = torch.sigmoid(self.a0[0] + (x_a @ self.a1) @ self.a2)
+        g = torch.sigmoid(x_g @ self.g1) @ self.g2
+        if v_first is None:
+            v_first = v
+        else:
+            v = v + (v_first - v) * torch.sigmoid(self.v0[0] + (x_v @ self.v1) @ self.v2)
+
+        heads = (x.shape[0], self.num_heads, self.head_size)
+        kk = F.normalize((k * self.k_k[0]).view(heads), dim=-1, eps=1e-12)
+        k = k * (1 + (a - 1) * self.k_a[0])
+        dtype = state.wkv.dtype
+        r_, lw, k_, v_ = (
+            y.to(dtype).view(heads) for y in (r, kernels.log_decay(d.to(dtype)), k, v)
+        )
+        kk = kk.to(dtype)
+        y, new_state = kernels.wkv7(
+            r_,
+            lw,
+            k_,
+            v_,
+            -kk,
+            kk * a.to(dtype).view(heads),
+            batch.lengths,
+            state.wkv[batch.src_slot, self.layer],
+        )
+        _store(state.wkv, batch, self.layer, new_state)
+        y = kernels.readout(
+            y,
+            r_,
+            k_,
+            v_,
+            self.r_k.to(dtype),
+            self.ln_x.weight.to(dtype),
+            self.ln_x.bias.to(dtype),
+        )
+        return self.output(y.to(x.dtype) * g), v_first
+
+
+class ChannelMix(nn.Module):
+    def __init__(self, dims: ModelDims, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.x_k = nn.Parameter(torch.empty(1, 1, dims.embedded_dim))
+        self.key = nn.Linear(dims.embedded_dim, dims.ffn_dim, bias=False)
+        self.value = nn.Linear(dims.ffn_dim, dims.embedded_dim, bias=False)
+
+    def forward(self, x: Tensor, batch: Batch, state: State) -> Tensor:
+        previous = _take_shift(x, 1, self.layer, batch, state)
+        hidden = self.key(x + (previous - x) * self.x_k[0])
+        out: Tensor = self.value(kernels.squared_relu(hidden))
+        return out
+
+
+class Block(nn.Module):
+    def __init__(self, dims: ModelDims, layer: int) -> None:
+        super().__init__()
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(dims.embedded_dim)
+        self.ln1 = nn.LayerNorm(dims.embedded_dim)
+        self.ln2 = nn.LayerNorm(dims.embedded_dim)
+        self.att = TimeMix(dims, layer)
+        self.ffn = ChannelMix(dims, layer)
+
+    def forward(
+        self, x: Tensor, v_first: Tensor | None, batch: Batch, state: State
+    ) -> tuple[Tensor, Tensor]:
+        mixed, v_first = self.att(self.ln1(x), v_first, batch, state)
+        x = x + mixed
+        return x + self.ffn(self.ln2(x), batch, state), v_first
+
+
+class RWKV7(nn.Module):
+    """The whole network. Parameters are uninitialised until weights are loaded or drawn."""
+
+    def __init__(self, dims: ModelDims) -> None:
+        super().__init__()
+        self.dims = dims
+        self.emb = nn.Embedding(dims.vocab_size, dims.embedded_dim)
+        self.blocks = nn.ModuleList(Block(dims, layer) for layer in range(dims.num_cells))
+        self.ln_out = nn.LayerNorm(dims.embedded_dim)
+        self.head = nn.Linear(dims.embedded_dim, dims.vocab_size, bias=False)
+
+    def forward(
+        self, tokens_T: Tensor, batch: Batch, state: State, grad_checkpoint: bool = False
+    ) -> Tensor:
+        """Hidden rows [T, C] after ln_out; `state` is read at src and written at dst in place.
+
+        Rows that need logits go through `head`. Under autograd nothing is written: training
+        starts every sequence from the state in `src_slot` and keeps no state.
+        """
+        x = self.blocks[0].ln0(self.emb(tokens_T))
+        v_first: Tensor | None = None
+        for block in self.blocks:
+            if grad_checkpoint and torch.is_grad_enabled():
+                x, v_first = checkpoint(block, x, v_first, batch, state, use_reentrant=False)
+            else:
+                x, v_first = block(x, v_first, batch, state)
+        out: Tensor = self.ln_out(x)
+        return out
+
+    def hidden(self, tokens_BT: Tensor, grad_checkpoint: bool = False) -> Tensor:
+        """The training form: B sequences of equal length from the zero state -> [B, T, C]."""
+        B, T = tokens_BT.shape
+        zero = self.new_state(1, tokens_BT.device)
+        slots = torch.zeros(B, dtype=torch.int64, device=tokens_BT.device)
+        batch = Batch(lengths=(T,) * B, src_slot=slots, dst_slot=slots)
+        x = self(tokens_BT.reshape(-1), batch, zero, grad_checkpoint)
+        return x.view(B, T, -1)
+
+    def new_state(self, num_slots: int, device: torch.device | str) -> State:
+        """Zero states: float32, or float64 for a float64 model."""
+        dims, dtype = self.dims, self.emb.weight.dtype
+        wkv_dtype = torch.promote_types(dtype, torch.float32)
+        heads = (dims.num_heads, dims.head_size, dims.head_size)
+        return State(
+            wkv=torch.zeros(num_slots, dims.num_cells, *heads, dtype=wkv_dtype, device=device),
+            shift=torch.zeros(
+                num_slots, dims.num_cells, 2, dims.embedded_dim, dtype=dtype, device=device
+            ),
+        )
+
+
+def _take_shift(x: Tensor, which: int, layer: int, batch: Batch, state: State) -> Tensor:
+    """The token before each token of x; leaves the last one of each sequence in the state."""
+    last = state.shift[batch.src_slot, layer, which]
+    previous = kernels.shift_tokens(x, batch.lengths, last)
+    if not torch.is_grad_enabled():
+        rows = kernels.last_tokens(x, batch.lengths)
+        state.shift[batch.dst_slot, layer, which] = rows.to(state.shift.dtype)
+    return previous
+
+
+def _store(pool: Tensor, batch: Batch, layer: int, value: Tensor) -> None:
+    if not torch.is_grad_enabled():
+        pool[batch.dst_slot, layer] = value.to(pool.dtype)

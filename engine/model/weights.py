@@ -1,0 +1,198 @@
+"""Checkpoints: official `.pth` and `.safetensors` files to and from an RWKV7 module.
+
+Files are memory-mapped and only ever read as tensors; nothing is unpickled that could run code.
+Shapes come from the file and are checked against the model config.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from config.schema import ModelConfig
+from engine.errors import WeightsError
+from engine.model.rwkv7 import RWKV7, ModelDims
+
+FINGERPRINT_SAMPLES = 1 << 16  # elements hashed per tensor; a tuned weight cannot hide from it
+
+# Names that tell other architectures of the family apart from x070.
+_FOREIGN = {
+    "att.time_decay": "an RWKV-4, 5 or 6 checkpoint",
+    "att.time_maa_x": "an RWKV-6 checkpoint",
+    "ffn.s_emb.weight": "an RWKV-7a checkpoint (DeepEmbed)",
+    "qkv.qq.weight": "an RWKV-7b checkpoint",
+}
+_UNUSED = ("att.v0", "att.v1", "att.v2")  # of block 0: present or not, never used
+
+
+def load_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Tensors by official name, memory-mapped on the CPU. Raises WeightsError."""
+    if not path.is_file():
+        raise WeightsError(f"weights_path: no such file: {path}")
+    try:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(
+            f"weights_path: {path} is not a readable checkpoint ({reason}); it may be truncated: "
+            "compare its size with the original, or download it again"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise WeightsError(f"weights_path: {path} holds something else than a dict of tensors")
+    return dict(tensors)
+
+
+def save_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a servable checkpoint: temporary file, fsync, rename, so readers see all or nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(
+            {name: t.detach().contiguous() for name, t in tensors.items()},
+            temporary,
+            metadata=dict(metadata or {}),
+        )
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def dims_of(tensors: Mapping[str, Tensor], source: Path | str) -> ModelDims:
+    """Read all dimensions off the shapes. Raises WeightsError when it is not RWKV-7."""
+    for suffix, what in _FOREIGN.items():
+        if f"blocks.0.{suffix}" in tensors:
+            raise WeightsError(f"{source} is {what}; this engine serves RWKV-7 (x070)")
+    try:
+        layers = {int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")}
+        last = f"blocks.{max(layers)}."
+        heads, head_size = tensors["blocks.0.att.r_k"].shape
+        vocab_size, embedded_dim = tensors["emb.weight"].shape
+        dims = ModelDims(
+            num_cells=len(layers),
+            vocab_size=vocab_size,
+            embedded_dim=embedded_dim,
+            head_size=head_size,
+            ffn_dim=tensors["blocks.0.ffn.key.weight"].shape[0],
+            w_lora_rank=tensors["blocks.0.att.w1"].shape[1],
+            a_lora_rank=tensors["blocks.0.att.a1"].shape[1],
+            v_lora_rank=tensors[f"{last}att.v1"].shape[1],
+            g_lora_rank=tensors["blocks.0.att.g1"].shape[1],
+        )
+    except (KeyError, ValueError, IndexError) as error:
+        raise WeightsError(
+            f"{source} has not the tensors of an RWKV-7 checkpoint (missing or odd: {error}); "
+            f"it has {', '.join(sorted(tensors)[:4])}, ..."
+        ) from error
+    if heads * head_size != embedded_dim:
+        raise WeightsError(
+            f"{source}: r_k has {heads} heads of {head_size}, which is not the width {embedded_dim}"
+        )
+    return dims
+
+
+def check_config(dims: ModelDims, cfg: ModelConfig, source: Path | str) -> None:
+    """Raise WeightsError naming every dimension in which the file and the config differ."""
+    expected = ModelDims.from_config(cfg)
+    wrong = [
+        f"{f.name}: config {getattr(expected, f.name)}, file {getattr(dims, f.name)}"
+        for f in fields(ModelDims)
+        # The formula for ranks does not give those of released checkpoints: the file decides.
+        if not f.name.endswith("_rank") and getattr(expected, f.name) != getattr(dims, f.name)
+    ]
+    if wrong:
+        raise WeightsError(
+            f"{source} does not fit model config '{cfg.name}': {'; '.join(wrong)}. "
+            "Set model_cfg to the config of this checkpoint."
+        )
+
+
+def load_model(
+    path: Path, cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype
+) -> RWKV7:
+    """A module with the file's weights on `device` in `dtype`, ready for inference."""
+    tensors = load_checkpoint(path)
+    dims = dims_of(tensors, path)
+    check_config(dims, cfg, path)
+    with torch.device("meta"):
+        model = RWKV7(dims)
+    expected = model.state_dict()
+    _fill_unused(tensors, expected)
+    missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    if missing or extra:
+        raise WeightsError(
+            f"{path}: {_some('missing', missing)}{_some('unexpected', extra)}".rstrip("; ")
+        )
+    for name, meta in expected.items():
+        shape = tensors[name].shape
+        if shape.numel() != meta.shape.numel() or shape[-1:] != meta.shape[-1:]:
+            raise WeightsError(
+                f"{path}: {name} has shape {tuple(shape)}, expected {tuple(meta.shape)}"
+            )
+    # A copy even where nothing is converted: a mapped file may be replaced under our feet.
+    weights = {
+        name: tensors[name].reshape(meta.shape).to(device=device, dtype=dtype, copy=True)
+        for name, meta in expected.items()
+    }
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def dummy_model(
+    cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype, seed: int = 0
+) -> RWKV7:
+    """Random weights of the right shape and a sane scale, for load tests without a download."""
+    with torch.device("meta"):
+        model = RWKV7(ModelDims.from_config(cfg))
+    generator = torch.Generator(device=device).manual_seed(seed)
+    weights = {}
+    for name, meta in model.state_dict().items():
+        value = torch.empty(meta.shape, device=device, dtype=dtype)
+        if name.endswith("weight") and meta.dim() == 1:  # norms
+            value.fill_(1.0)
+        elif meta.dim() == 2 and not name.endswith("r_k"):
+            value.normal_(0.0, meta.shape[-1] ** -0.5, generator=generator)
+        else:
+            value.uniform_(-0.5, 0.5, generator=generator)
+        weights[name] = value
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def fingerprint(model: RWKV7) -> str:
+    """16 hex digits that change with any weight matrix, shape or dtype of the loaded model."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        flat = tensor.reshape(-1)
+        step = max(1, flat.numel() // FINGERPRINT_SAMPLES)
+        digest.update(flat[::step].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _fill_unused(tensors: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    for suffix in _UNUSED:
+        name = f"blocks.0.{suffix}"
+        tensors[name] = torch.zeros(expected[name].shape)
+
+
+def _some(what: str, names: set[str]) -> str:
+    if not names:
+        return ""
+    listed = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+    return f"{len(names)} {what} tensors ({listed}); "
