@@ -118,9 +118,9 @@ def pick_dtype(table: ModelTable, device: torch.device) -> torch.dtype:
 
 def _load(table: ModelTable, device: torch.device, dtype: torch.dtype) -> RWKV7:
     if table.load_format == "dummy":
-        return dummy_model(table.model_cfg, device, dtype)
+        return dummy_model(table.model, device, dtype)
     assert table.weights_path is not None, "the config loader requires weights_path"
-    return load_model(Path(table.weights_path), table.model_cfg, device, dtype)
+    return load_model(table.weights_path, table.model, device, dtype)
 
 
 def _warm_up(runner: ModelRunner) -> None:

@@ -42,7 +42,7 @@ class Penalties:
         logits_V.index_add_(0, self._ids[:n], self._values[:n].to(logits_V.dtype), alpha=-1)
 
     def update(self, token: int) -> None:
-        """Decay all, then add to the drawn token: presence when its entry is zero, else repetition."""
+        """Decay all; the drawn token then gets presence if its entry is zero, else repetition."""
         self._values *= self._params.penalty_decay
         index = self._index.get(token)
         if index is None:

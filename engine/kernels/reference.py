@@ -57,15 +57,17 @@ def wkv7(
     Single tokens take one step of the recurrence, longer sequences the chunked form.
     """
     if max(lengths) == 1:
-        y, state = wkv7_step(r, lw, k, v, a, b, state_SHNN)
-        return y, state
+        return wkv7_step(r, lw, k, v, a, b, state_SHNN)
     if len(set(lengths)) == 1:
-        dense = [x.view(len(lengths), lengths[0], *x.shape[1:]) for x in (r, lw, k, v, a, b)]
-        y, state = wkv7_chunked(*dense, state_SHNN)
-        return y.reshape(r.shape), state
+        B, T = len(lengths), lengths[0]
+        r, lw, k, v, a, b = (x.view(B, T, *x.shape[1:]) for x in (r, lw, k, v, a, b))
+        y, state = wkv7_chunked(r, lw, k, v, a, b, state_SHNN)
+        return y.flatten(0, 1), state
     # Padding with zeros is exact: w = 1, k = v = a = b = 0 leaves the state as it is.
-    dense = [pad_sequence(list(x.split(lengths)), batch_first=True) for x in (r, lw, k, v, a, b)]
-    y, state = wkv7_chunked(*dense, state_SHNN)
+    r, lw, k, v, a, b = (
+        pad_sequence(list(x.split(lengths)), batch_first=True) for x in (r, lw, k, v, a, b)
+    )
+    y, state = wkv7_chunked(r, lw, k, v, a, b, state_SHNN)
     return torch.cat([y[i, :n] for i, n in enumerate(lengths)]), state
 
 
@@ -121,7 +123,8 @@ def wkv7_chunked(
 
     def chunks(x: Tensor) -> Tensor:  # [B, T, H, N] -> [B, H, chunk, token, N]
         x = F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x
-        return x.unflatten(1, (num_chunks, chunk_len)).permute(0, 3, 1, 2, 4)
+        batch, _, heads, size = x.shape
+        return x.reshape(batch, num_chunks, chunk_len, heads, size).permute(0, 3, 1, 2, 4)
 
     r, lw, k, v, a, b = (chunks(x) for x in (r, lw, k, v, a, b))
     sums = lw.cumsum(-2)

@@ -79,6 +79,20 @@ class Batch:
 
 
 class TimeMix(nn.Module):
+    w0: nn.Parameter
+    w1: nn.Parameter
+    w2: nn.Parameter
+    a0: nn.Parameter
+    a1: nn.Parameter
+    a2: nn.Parameter
+    v0: nn.Parameter
+    v1: nn.Parameter
+    v2: nn.Parameter
+    g1: nn.Parameter
+    g2: nn.Parameter
+    k_k: nn.Parameter
+    k_a: nn.Parameter
+
     def __init__(self, dims: ModelDims, layer: int) -> None:
         super().__init__()
         C, H, N = dims.embedded_dim, dims.num_heads, dims.head_size
@@ -201,7 +215,9 @@ class RWKV7(nn.Module):
         Rows that need logits go through `head`. Under autograd nothing is written: training
         starts every sequence from the state in `src_slot` and keeps no state.
         """
-        x = self.blocks[0].ln0(self.emb(tokens_T))
+        first = self.blocks[0]
+        assert isinstance(first, Block)
+        x = first.ln0(self.emb(tokens_T))
         v_first: Tensor | None = None
         for block in self.blocks:
             if grad_checkpoint and torch.is_grad_enabled():
@@ -217,7 +233,7 @@ class RWKV7(nn.Module):
         zero = self.new_state(1, tokens_BT.device)
         slots = torch.zeros(B, dtype=torch.int64, device=tokens_BT.device)
         batch = Batch(lengths=(T,) * B, src_slot=slots, dst_slot=slots)
-        x = self(tokens_BT.reshape(-1), batch, zero, grad_checkpoint)
+        x: Tensor = self(tokens_BT.reshape(-1), batch, zero, grad_checkpoint)
         return x.view(B, T, -1)
 
     def new_state(self, num_slots: int, device: torch.device | str) -> State:

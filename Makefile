@@ -1,0 +1,48 @@
+# One command each; people and CI run the same ones. `make help` lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve train test slow check fmt bench load clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: .venv/.installed ## create .venv and install pinned dependencies
+
+.venv/.installed: pyproject.toml .ci/constraints.txt .ci/install
+	@PYTHON="$(PYTHON)" bash .ci/install
+	@touch $@
+
+serve: .venv/.installed ## serve the embedded model on http://127.0.0.1:8080 (ARGS="--infer-cfg NAME ...")
+	@exec $(BIN)/python -m api $(ARGS)
+
+train: .venv/.installed ## train the embedded model (ARGS="--train-cfg NAME --steps N ...")
+	@exec $(BIN)/python -m train $(ARGS)
+
+test: .venv/.installed ## every test that is not marked slow or gpu
+	@$(BIN)/python -m pytest $(ARGS)
+
+slow: .venv/.installed ## the long tests
+	@$(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)
+
+check: .venv/.installed ## ruff, mypy, import rules and file sizes
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/test_layering.py
+
+fmt: .venv/.installed ## format and fix what ruff can fix
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: .venv/.installed ## offline engine throughput, then the server under a fixed arrival rate
+	@$(BIN)/python -m benchmarks.engine $(ARGS)
+	@$(BIN)/python -m benchmarks.serve $(ARGS)
+
+load: .venv/.installed ## locust against a server that is running already
+	@$(BIN)/locust -f benchmarks/locustfile.py --headless -u 8 -r 4 -t 20s --only-summary $(ARGS)
+
+clean: ## remove the environment and caches
+	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
