@@ -42,7 +42,7 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
     device = pick_device(table)
     dtype = pick_dtype(table, device)
     tokenizer = Tokenizer.load(table.tokenizer_vocab_path)
-    model = _load(table, device, dtype)
+    model = load(table, device, dtype)
     if tokenizer.vocab_size > model.dims.vocab_size:
         raise WeightsError(
             f"tokenizer_vocab_path: {table.tokenizer_vocab_path} has ids up to "
@@ -62,7 +62,8 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
         banned_ids=tokenizer.ids_without_text(model.dims.vocab_size),
         device=device,
     )
-    runner = ModelRunner(model, storage, sampler, num_seats=table.max_batch_size)
+    num_threads = table.num_threads or max(1, (os.cpu_count() or 1) - 1)
+    runner = ModelRunner(model, storage, sampler, table.max_batch_size, num_threads)
     _warm_up(runner)
     info = ModelInfo(
         model_name=table.model_name,
@@ -116,7 +117,8 @@ def pick_dtype(table: ModelTable, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def _load(table: ModelTable, device: torch.device, dtype: torch.dtype) -> RWKV7:
+def load(table: ModelTable, device: torch.device, dtype: torch.dtype) -> RWKV7:
+    """The weights of a model table, or random ones with `load_format = "dummy"`."""
     if table.load_format == "dummy":
         return dummy_model(table.model, device, dtype)
     assert table.weights_path is not None, "the config loader requires weights_path"

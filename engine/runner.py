@@ -26,8 +26,16 @@ class ModelRunner:
     """Runs one model on one device. A plain thread: device and inference mode are thread-local."""
 
     def __init__(
-        self, model: RWKV7, storage: StateStorage, sampler: Sampler, num_seats: int
+        self,
+        model: RWKV7,
+        storage: StateStorage,
+        sampler: Sampler,
+        num_seats: int,
+        num_threads: int = 1,
     ) -> None:
+        """`num_threads` compute on a CPU. More than there are idle cores is many times slower:
+        torch's threads wait for each other by spinning."""
+        self._num_threads = num_threads
         self._model = model
         self._storage = storage
         self._sampler = sampler
@@ -53,6 +61,7 @@ class ModelRunner:
             self._thread = None
 
     def _run(self, on_result: Callable[[StepResult], None]) -> None:
+        torch.set_num_threads(self._num_threads)
         while (plan := self._plans.get()) is not None:
             started = time.perf_counter()
             try:

@@ -40,6 +40,11 @@ def last_tokens(x_TC: Tensor, lengths: tuple[int, ...]) -> Tensor:
     return x_TC[ends]
 
 
+def mix(x_TC: Tensor, previous_TC: Tensor, mu_J1C: Tensor) -> Tensor:
+    """Each channel moved towards the token before, J ways at once: [J, T, C]."""
+    return torch.addcmul(x_TC, previous_TC - x_TC, mu_J1C)
+
+
 def wkv7(
     r: Tensor,
     lw: Tensor,

@@ -79,6 +79,12 @@ class Batch:
 
 
 class TimeMix(nn.Module):
+    x_r: nn.Parameter
+    x_w: nn.Parameter
+    x_k: nn.Parameter
+    x_v: nn.Parameter
+    x_a: nn.Parameter
+    x_g: nn.Parameter
     w0: nn.Parameter
     w1: nn.Parameter
     w2: nn.Parameter
@@ -119,10 +125,8 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x [T, C] -> (output [T, C], the values of the first layer [T, C])."""
         previous = _take_shift(x, 0, self.layer, batch, state)
-        delta = previous - x
-        x_r, x_w, x_k, x_v, x_a, x_g = (
-            x + delta * getattr(self, f"x_{name}")[0] for name in "rwkvag"
-        )
+        mu = torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])
+        x_r, x_w, x_k, x_v, x_a, x_g = kernels.mix(x, previous, mu).unbind()
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         d = self.w0[0] + torch.tanh(x_w @ self.w1) @ self.w2
         a = torch.sigmoid(self.a0[0] + (x_a @ self.a1) @ self.a2)
@@ -173,7 +177,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, batch: Batch, state: State) -> Tensor:
         previous = _take_shift(x, 1, self.layer, batch, state)
-        hidden = self.key(x + (previous - x) * self.x_k[0])
+        hidden = self.key(kernels.mix(x, previous, self.x_k)[0])
         out: Tensor = self.value(kernels.squared_relu(hidden))
         return out
 

@@ -154,6 +154,14 @@ def test_a_mismatch_names_every_dimension_of_config_and_file(tmp_path: Path) -> 
         assert part in str(caught.value)
 
 
+def test_ranks_are_checked_only_where_the_config_writes_them(tmp_path: Path) -> None:
+    path = save(tmp_path / "model.pth", tensors())
+    shape = dict(name="x", num_cells=2, vocab_size=50, embedded_dim=32, num_heads=2)
+    load(path, ModelConfig(**shape))
+    with pytest.raises(WeightsError, match="g_lora_rank: config 24, file 16"):
+        load(path, ModelConfig(**shape, g_lora_rank=24))
+
+
 class _Boom:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return sys.exit, ("a checkpoint ran code",)

@@ -1,0 +1,1 @@
+"""Scripts that measure; each ends with one JSON line. Nothing imports them."""
