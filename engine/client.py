@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from time import perf_counter
 from typing import Protocol
 
 from engine.tokenizer import Tokenizer
@@ -36,6 +37,18 @@ class EngineClient(Protocol):
 
     def snapshot(self) -> EngineSnapshot: ...
 
+    def start(self) -> None:
+        """Begin to serve, on the running event loop."""
+        ...
+
+    def take_waiting(self) -> list[tuple[EngineRequest, RequestStream]]:
+        """Give up every request that has not begun to run, for another replica to adopt."""
+        ...
+
+    def adopt(self, request: EngineRequest, stream: RequestStream) -> None:
+        """Queue a request taken from another replica; its reader notices nothing."""
+        ...
+
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests, let running ones finish; abort what is left. True if none was."""
         ...
@@ -54,11 +67,21 @@ class RequestStream(AsyncIterator[OutputDelta]):
 
     def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
         self.request_id = request_id
+        self.submitted_s = perf_counter()
         self._abort = abort
         self._pending: OutputDelta | None = None
         self._is_finished = False  # the last delta was put
         self._is_read = False  # the last delta was taken
         self._wake = asyncio.Event()
+
+    @property
+    def is_closed(self) -> bool:
+        """The reader has taken everything or gone away."""
+        return self._is_read
+
+    def rebind(self, abort: Callable[[str], None]) -> None:
+        """Called by the engine that adopts the request: closing the stream now ends it there."""
+        self._abort = abort
 
     def put(self, delta: OutputDelta) -> None:
         """Called by the engine, on the loop."""
@@ -76,6 +99,21 @@ class RequestStream(AsyncIterator[OutputDelta]):
         delta, self._pending = self._pending, None
         self._is_read = delta.finish_reason is not None
         return delta
+
+    async def take(self, timeout_s: float) -> OutputDelta | None:
+        """Like `anext`, but None when nothing came for `timeout_s`. Not to be called at the end.
+
+        For readers with something to say in silence; cheaper per token than `asyncio.timeout`.
+        """
+        assert not self._is_read, f"read past the last delta of {self.request_id}"
+        if self._pending is None:
+            self._wake.clear()
+            alarm = asyncio.get_running_loop().call_later(timeout_s, self._wake.set)
+            try:
+                await self._wake.wait()
+            finally:
+                alarm.cancel()
+        return None if self._pending is None else await anext(self)
 
     def close(self) -> None:
         """Abort the request unless it has ended. Synchronous, so it works in any `finally`."""

@@ -44,6 +44,7 @@ LINES = {
     "paragraph_len = 128": "rebuild",
     'dtype = "float64"': "rebuild",
     'load_format = "dummy"': "rebuild",
+    "num_threads = 2": "rebuild",
     "max_waiting = 3\nmax_batch_size = 5": "rebuild",
     "max_waiting = 256": "unchanged",  # the default, written out
 }
