@@ -55,7 +55,7 @@ class ModelTable:
     max_batch_size: Annotated[PositiveInt, Key("sequences that run at once")] = 4
     paragraph_len: Annotated[PositiveInt, Key("tokens in one chunk of a prompt")] = 256
     max_context_len: Annotated[
-        NonNegativeInt, Key("longest prompt in tokens; 0 = no limit", reload="live")
+        NonNegativeInt, Key("tokens of prompt and completion together; 0 = no limit", reload="live")
     ] = 4096
     decode_first: Annotated[
         bool,
