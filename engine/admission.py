@@ -1,0 +1,110 @@
+"""Who may come in: checks of a request, and when a refused one should try again.
+
+Knows no HTTP; the server checks its own schema first, these checks protect the device and
+Python users.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+from engine.errors import ContextTooLong, InvalidRequest
+from engine.types import EngineRequest, SamplingParams
+
+NUM_RECENT = 64  # ends of requests that the service rate is taken from
+RECENT_S = 30.0  # older ones say nothing about now
+MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
+
+
+def check_request(request: EngineRequest, *, vocab_size: int, max_context_len: int) -> None:
+    """Raise InvalidRequest naming field, value and remedy.
+
+    `max_context_len` counts prompt and completion together, 0 means no limit; a prompt that
+    leaves no room for one token raises ContextTooLong.
+    """
+    ids = request.prompt_ids
+    if not ids:
+        raise InvalidRequest("prompt_ids is empty: begin a document with token 0", "prompt_ids")
+    if max_context_len > 0 and len(ids) >= max_context_len:
+        raise ContextTooLong(
+            f"the prompt has {len(ids)} tokens, but max_context_len = {max_context_len} and the"
+            " completion needs at least one: shorten the prompt",
+            "prompt_ids",
+        )
+    timeout_s = request.timeout_s
+    if timeout_s is not None and not 0 < timeout_s < math.inf:
+        raise InvalidRequest(
+            f"timeout_s = {timeout_s}: must be positive, or None for no deadline", "timeout_s"
+        )
+    _check_ids("prompt_ids", ids, vocab_size)
+    _check_sampling(request.sampling, vocab_size)
+
+
+def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
+    if sampling.max_tokens < 1:
+        raise InvalidRequest(
+            f"max_tokens = {sampling.max_tokens}: must be at least 1", "max_tokens"
+        )
+    if not 0 <= sampling.temperature < math.inf:
+        raise InvalidRequest(
+            f"temperature = {sampling.temperature}: must be 0 (greedy) or more", "temperature"
+        )
+    if not 0 <= sampling.top_p <= 1:
+        raise InvalidRequest(f"top_p = {sampling.top_p}: must be from 0 to 1", "top_p")
+    if sampling.top_k < 0:
+        raise InvalidRequest(f"top_k = {sampling.top_k}: must be 0 (off) or more", "top_k")
+    if not 0 <= sampling.seed < 2**64:
+        raise InvalidRequest(f"seed = {sampling.seed}: must be from 0 to 2**64 - 1", "seed")
+    for name, value in (
+        ("presence_penalty", sampling.presence_penalty),
+        ("repetition_penalty", sampling.repetition_penalty),
+        ("penalty_decay", sampling.penalty_decay),
+    ):
+        if not math.isfinite(value):
+            raise InvalidRequest(f"{name} = {value}: must be a finite number", name)
+    for stop in sampling.stop:
+        if not _has_utf8(stop):
+            raise InvalidRequest(
+                f"stop has {stop!r}: a lone surrogate never occurs in text, remove it", "stop"
+            )
+    _check_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
+    _check_ids("banned_token_ids", sampling.banned_token_ids, vocab_size)
+
+
+def _has_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_ids(field: str, ids: tuple[int, ...], vocab_size: int) -> None:
+    for wrong in (min(ids, default=0), max(ids, default=0)):
+        if not 0 <= wrong < vocab_size:
+            raise InvalidRequest(
+                f"{field} has {wrong}: token ids of this model go from 0 to {vocab_size - 1}", field
+            )
+
+
+class ServiceRate:
+    """How fast requests have been ending lately, to tell a refused client when to come back."""
+
+    def __init__(self) -> None:
+        self._ends_s: deque[float] = deque(maxlen=NUM_RECENT)  # perf_counter
+
+    def count_end(self, now_s: float) -> None:
+        self._ends_s.append(now_s)
+
+    def retry_after_s(self, num_waiting: int, now_s: float) -> float:
+        """Seconds until `num_waiting` requests will have left the queue at the recent rate.
+
+        Between MIN_RETRY_S and MAX_RETRY_S; MIN_RETRY_S while nothing is known.
+        """
+        while self._ends_s and self._ends_s[0] < now_s - RECENT_S:
+            self._ends_s.popleft()
+        if not self._ends_s:
+            return MIN_RETRY_S
+        seconds_each = (now_s - self._ends_s[0]) / len(self._ends_s)
+        return min(max(num_waiting * seconds_each, MIN_RETRY_S), MAX_RETRY_S)

@@ -1,0 +1,269 @@
+"""Scheduler: which sequences run, and what each step computes. Knows no tensor, clock or text.
+
+Pages: a sequence is admitted when a slot and a seat are free; nothing it does later needs more
+memory. Its first row reads the zero page, every row writes the sequence's own slot.
+Release is immediate, also with rows in flight: the device runs plans in order, so whoever gets
+the slot or seat next comes after them, and their results are ignored at commit.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass
+from time import perf_counter
+
+from engine.plan import BAD_TOKEN, Row, SeatStart, SlotRef, StepPlan, StepResult
+from engine.sequence import Sequence, SequenceStatus
+from engine.state.pool import SlotPool
+from engine.types import FinishReason, LiveLimits
+
+# With decode_first = false a decode row runs at least in each such step, however much prefill
+# waits: throughput for new requests costs running ones at most this factor.
+DECODE_INTERVAL = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a committed row means to a reader: a further token, or None: it failed."""
+
+    seq: Sequence
+    token_id: int | None
+
+
+class Scheduler:
+    """Plans steps and commits their results, strictly in order.
+
+    `max_batch_size` seats bound how many sequences run, the pool's slots likewise. Prefill goes
+    in chunks of whole paragraphs counted from the left, only the last chunk is ragged; together
+    with `max_batch_tokens >= max_batch_size + paragraph_len` this lets every step with prefill
+    work advance some prompt by a paragraph at least, whatever is decoding.
+    """
+
+    def __init__(
+        self, pool: SlotPool, limits: LiveLimits, *, max_batch_size: int, paragraph_len: int
+    ) -> None:
+        for name, value in (("max_batch_size", max_batch_size), ("paragraph_len", paragraph_len)):
+            if value < 1:
+                raise ValueError(f"{name} = {value}: must be at least 1")
+        self.pool = pool
+        self.max_batch_size = max_batch_size
+        self.paragraph_len = paragraph_len
+        self.limits = self._checked(limits)
+        self._waiting: list[Sequence] = []  # sorted by waiting_order
+        self._running: dict[int, Sequence] = {}  # by seq_id, in order of admission
+        self._free_seats = list(range(max_batch_size - 1, -1, -1))
+        self._num_planned_steps = 0
+        self._num_committed_steps = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_admissible(self) -> int:
+        """How many sequences could be admitted now, memory and seats counted."""
+        return min(len(self._free_seats), self.pool.num_free)
+
+    def reconfigure(self, limits: LiveLimits) -> None:
+        """Use new limits from the next plan on. Raises ValueError and keeps the old ones."""
+        self.limits = self._checked(limits)
+
+    def add(self, seq: Sequence) -> None:
+        assert seq.status is SequenceStatus.WAITING, f"sequence {seq.seq_id} is {seq.status}"
+        insort(self._waiting, seq, key=lambda other: other.waiting_order)
+
+    def take_waiting(self) -> list[Sequence]:
+        """Hand over everybody who waits, in order; this scheduler forgets them."""
+        taken, self._waiting = self._waiting, []
+        return taken
+
+    def finish(self, seq: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        """End a sequence now. Its slot and seat are free when this returns."""
+        assert not seq.is_finished, f"sequence {seq.seq_id} finished twice"
+        was_running = seq.status is SequenceStatus.RUNNING
+        seq.status, seq.finish_reason, seq.error = SequenceStatus.FINISHED, reason, error
+        if was_running:
+            self._release(seq)
+        else:
+            self._waiting.remove(seq)
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None when nobody can be given a row now."""
+        budget = self.limits.max_batch_tokens
+        decoding = [seq for seq in self._running.values() if seq.can_decode]
+        due = [seq for seq in decoding if self._is_due(seq)]
+        others = [seq for seq in decoding if not self._is_due(seq)]
+        rows = self._decode_rows(due)
+        prefill_rows, starts = self._prefill_rows(budget - len(rows))
+        rows += prefill_rows
+        num_left = budget - sum(row.num_tokens for row in rows)
+        rows += self._decode_rows(others[:num_left])
+        for seq in others[num_left:]:
+            seq.num_skipped_steps += 1
+        if not rows:
+            return None
+        plan = StepPlan(self._num_planned_steps, tuple(rows), tuple(starts))
+        self._num_planned_steps += 1
+        return plan
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[Progress]:
+        """Take in the result of the oldest plan in flight; a Progress per sequence that drew
+        a token or failed.
+
+        Rows of sequences that ended meanwhile are ignored. A failed step ends every sequence
+        that had a row in it.
+        """
+        assert plan.step_id == result.step_id == self._num_committed_steps, (
+            f"plan {plan.step_id} and result {result.step_id} at step {self._num_committed_steps}"
+        )
+        self._num_committed_steps += 1
+        if result.error is not None:
+            return self._fail_rows(plan, result.error)
+        num_draws = sum(row.sample for row in plan.rows)
+        assert len(result.tokens) == num_draws, f"{len(result.tokens)} tokens, {num_draws} draws"
+        tokens = iter(result.tokens)
+        progress = []
+        for row in plan.rows:
+            token_id = next(tokens) if row.sample else None
+            seq = self._running.get(row.seq_id)
+            if seq is None:
+                continue
+            seq.num_computed += row.num_tokens
+            if token_id is not None:
+                progress.append(self._take_token(seq, token_id))
+        return progress
+
+    def check(self) -> None:
+        """Raise AssertionError if any invariant is broken. O(slots + sequences)."""
+        self.pool.check()
+        running = self._running.values()
+        seats = [seq.seat for seq in running] + self._free_seats
+        assert sorted(seat for seat in seats if seat is not None) == list(
+            range(self.max_batch_size)
+        ), f"seats lost or shared: {seats}"
+        slots = [seq.slot for seq in running if seq.slot is not None]
+        assert len(set(slots)) == len(running), f"slots lost or shared: {slots}"
+        assert all(self.pool.is_current(slot) for slot in slots), f"stale slot among {slots}"
+        num_used = self.pool.num_slots - self.pool.num_free
+        assert num_used == len(running), f"{num_used} slots used by {len(running)} sequences"
+        order = [seq.waiting_order for seq in self._waiting]
+        assert order == sorted(order), "the waiting are out of order"
+        for seq in self._waiting:
+            assert (seq.slot, seq.seat) == (None, None), f"waiting {seq.seq_id} owns a place"
+            assert seq.num_planned == 0, f"waiting {seq.seq_id} has rows planned"
+        for seq in running:
+            self._check_cursors(seq)
+
+    def _is_due(self, seq: Sequence) -> bool:
+        """This decode row goes before any prefill."""
+        return self.limits.decode_first or seq.num_skipped_steps >= DECODE_INTERVAL - 1
+
+    def _decode_rows(self, seqs: list[Sequence]) -> list[Row]:
+        for seq in seqs:
+            seq.num_skipped_steps = 0
+        return [self._row(seq, 1, is_decode=True) for seq in seqs]
+
+    def _prefill_rows(self, budget: int) -> tuple[list[Row], list[SeatStart]]:
+        """Chunks of running prompts, then of new ones, until the head of the line has no room."""
+        rows: list[Row] = []
+        starts: list[SeatStart] = []
+        for seq in [seq for seq in self._running.values() if seq.needs_prefill]:
+            num_tokens = self._chunk_len(seq, budget)
+            if num_tokens == 0:
+                return rows, starts
+            rows.append(self._row(seq, num_tokens, is_decode=False))
+            budget -= num_tokens
+        while self._waiting and self.num_admissible > 0:
+            num_tokens = self._chunk_len(self._waiting[0], budget)
+            if num_tokens == 0:
+                break
+            seq = self._waiting.pop(0)
+            starts.append(self._admit(seq))
+            rows.append(self._row(seq, num_tokens, is_decode=False))
+            budget -= num_tokens
+        return rows, starts
+
+    def _chunk_len(self, seq: Sequence, budget: int) -> int:
+        """Tokens of the next prefill row: the rest of the prompt, or whole paragraphs of it."""
+        num_rest = seq.num_prompt_tokens - seq.num_planned
+        if num_rest <= budget:
+            return num_rest
+        return budget - budget % self.paragraph_len
+
+    def _admit(self, seq: Sequence) -> SeatStart:
+        slot = self.pool.alloc()
+        assert slot is not None, "admitted without a free slot"
+        seq.slot, seq.seat = slot, self._free_seats.pop()
+        seq.status, seq.admitted_s = SequenceStatus.RUNNING, perf_counter()
+        self._running[seq.seq_id] = seq
+        return SeatStart(seq.seat, seq.request.sampling)
+
+    def _release(self, seq: Sequence) -> None:
+        assert seq.slot is not None, f"sequence {seq.seq_id} runs without a slot"
+        assert seq.seat is not None, f"sequence {seq.seq_id} runs without a seat"
+        self.pool.release(seq.slot)
+        self._free_seats.append(seq.seat)
+        seq.slot = seq.seat = None
+        del self._running[seq.seq_id]
+
+    def _row(self, seq: Sequence, num_tokens: int, *, is_decode: bool) -> Row:
+        src, dst = self._pages(seq)
+        assert seq.seat is not None, f"sequence {seq.seq_id} has no seat"
+        begin, end = seq.num_planned, seq.num_planned + num_tokens
+        seq.num_planned = end
+        return Row(
+            seq_id=seq.seq_id,
+            seat=seq.seat,
+            tokens=None if is_decode else seq.request.prompt_ids[begin:end],
+            num_tokens=num_tokens,
+            position=begin,
+            src=src,
+            dst=dst,
+            sample=end >= seq.num_prompt_tokens,
+        )
+
+    def _pages(self, seq: Sequence) -> tuple[SlotRef, SlotRef]:
+        """Where the next row reads and writes."""
+        assert seq.slot is not None, f"sequence {seq.seq_id} has no slot"
+        return (self.pool.zero if seq.num_planned == 0 else seq.slot), seq.slot
+
+    def _take_token(self, seq: Sequence, token_id: int) -> Progress:
+        if token_id == BAD_TOKEN:
+            position = seq.num_computed
+            self.finish(seq, FinishReason.ERROR, f"logits of token {position} are not finite")
+            return Progress(seq, None)
+        seq.output_ids.append(token_id)
+        if token_id in seq.request.sampling.stop_token_ids:
+            self.finish(seq, FinishReason.STOP)
+        elif len(seq.output_ids) == seq.max_tokens:
+            self.finish(seq, FinishReason.LENGTH)
+        return Progress(seq, token_id)
+
+    def _fail_rows(self, plan: StepPlan, error: str) -> list[Progress]:
+        seqs = [self._running[row.seq_id] for row in plan.rows if row.seq_id in self._running]
+        for seq in seqs:
+            self.finish(seq, FinishReason.ERROR, error)
+        return [Progress(seq, None) for seq in seqs]
+
+    def _checked(self, limits: LiveLimits) -> LiveLimits:
+        least = self.max_batch_size + self.paragraph_len
+        if limits.max_batch_tokens < least:
+            raise ValueError(
+                f"max_batch_tokens = {limits.max_batch_tokens}: must be at least max_batch_size"
+                f" + paragraph_len = {least}, so that prefill advances beside a full batch"
+            )
+        return limits
+
+    def _check_cursors(self, seq: Sequence) -> None:
+        num_prompt = seq.num_prompt_tokens
+        assert seq.num_computed <= seq.num_planned, f"{seq.seq_id} computed more than planned"
+        assert seq.num_planned < num_prompt + seq.max_tokens, f"{seq.seq_id} planned too far"
+        assert not seq.needs_prefill or seq.num_planned % self.paragraph_len == 0, (
+            f"{seq.seq_id} stands at {seq.num_planned}, off the paragraph grid"
+        )
+        num_drawn = max(0, seq.num_computed - num_prompt + 1)
+        assert len(seq.output_ids) == num_drawn, f"{seq.seq_id} lost or gained a token"

@@ -1,0 +1,122 @@
+"""Scripts: random operations for a Simulation, as hypothesis strategies.
+
+Bursts, delays between plan and commit, and aborts with rows in flight are what finds bugs, so
+they are operations of their own rather than coincidences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import strategies as st
+
+from engine.types import EngineRequest, SamplingParams
+from tests.engine.simulation import Setup, Simulation
+from tests.hash_model import VOCAB_SIZE
+
+# A draw hits one of them about once in 16.
+MANY_STOP_IDS = tuple(range(0, VOCAB_SIZE, 16))
+
+
+@dataclass(frozen=True)
+class Add:
+    requests: tuple[EngineRequest, ...]
+
+    def __call__(self, simulation: Simulation) -> None:
+        for request in self.requests:
+            simulation.add(request)
+
+
+@dataclass(frozen=True)
+class Plan:
+    def __call__(self, simulation: Simulation) -> None:
+        simulation.plan()
+
+
+@dataclass(frozen=True)
+class Commit:
+    fails: bool = False
+
+    def __call__(self, simulation: Simulation) -> None:
+        simulation.commit(fails=self.fails)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Fill the pipeline and commit the oldest step, `times` times: the usual rhythm."""
+
+    times: int
+
+    def __call__(self, simulation: Simulation) -> None:
+        for _ in range(self.times):
+            while simulation.plan() is not None:
+                pass
+            simulation.commit()
+
+
+@dataclass(frozen=True)
+class Abort:
+    index: int
+
+    def __call__(self, simulation: Simulation) -> None:
+        simulation.abort(self.index)
+
+
+@dataclass(frozen=True)
+class Reconfigure:
+    extra_batch_tokens: int
+    decode_first: bool
+
+    def __call__(self, simulation: Simulation) -> None:
+        simulation.reconfigure(self.extra_batch_tokens, self.decode_first)
+
+
+Operation = Add | Plan | Commit | Step | Abort | Reconfigure
+
+
+def requests() -> st.SearchStrategy[EngineRequest]:
+    return st.builds(
+        EngineRequest,
+        request_id=st.just("r"),
+        prompt_ids=st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=30).map(tuple),
+        sampling=st.builds(
+            SamplingParams,
+            max_tokens=st.integers(1, 12),
+            seed=st.integers(0, 3),
+            stop_token_ids=st.sampled_from(((), MANY_STOP_IDS)),
+        ),
+        priority=st.integers(-1, 1),
+    )
+
+
+def operations() -> st.SearchStrategy[Operation]:
+    add = st.builds(Add, st.lists(requests(), min_size=1, max_size=2).map(tuple))
+    burst = st.builds(Add, st.lists(requests(), min_size=3, max_size=8).map(tuple))
+    return st.one_of(
+        add,
+        burst,
+        st.just(Plan()),
+        st.just(Commit()),
+        st.just(Commit(fails=True)),
+        st.builds(Step, st.integers(1, 6)),
+        st.builds(Step, st.integers(1, 6)),
+        st.builds(Abort, st.integers(0, 10)),
+        st.builds(Reconfigure, st.integers(0, 20), st.booleans()),
+    )
+
+
+def scripts(max_size: int = 25) -> st.SearchStrategy[list[Operation]]:
+    return st.lists(operations(), max_size=max_size)
+
+
+def setups() -> st.SearchStrategy[Setup]:
+    return st.builds(
+        Setup,
+        num_slots=st.integers(1, 6),
+        max_batch_size=st.integers(1, 6),
+        paragraph_len=st.integers(1, 8),
+        extra_batch_tokens=st.integers(0, 20),
+        depth=st.integers(1, 3),
+        decode_first=st.booleans(),
+        bad_every=st.sampled_from((0, 0, 40)),
+    )
