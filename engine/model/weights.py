@@ -60,11 +60,14 @@ def save_safetensors(
     """Write a servable checkpoint: temporary file, fsync, rename, so readers see all or nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by umask; save_file would leave it private
         save_file(
             {name: t.detach().contiguous() for name, t in tensors.items()},
             temporary,
             metadata=dict(metadata or {}),
         )
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -194,6 +194,13 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(
     assert torch.equal(load_file(path)["a"], torch.ones(3))
 
 
+def test_a_saved_checkpoint_has_the_mode_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    save_safetensors(tmp_path / "model.safetensors", {"a": torch.ones(3)})
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
 def test_fingerprint_changes_with_any_tensor() -> None:
     model = dummy_model(CFG, "cpu", torch.float32)
     seen = {fingerprint(model)}
