@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server. Knows engines only through `engine.client`; needs no torch."""

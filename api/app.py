@@ -1,0 +1,90 @@
+"""The BlackSheep application: routes, and the OpenAI error shape for whatever goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from blacksheep import Application, Request, Response, Router
+from blacksheep.exceptions import HTTPException
+
+from api.errors import ApiError
+from api.lifetime import LifetimeGuard
+from api.reload import Reloader
+from api.respond import error_response
+from api.routes.admin import admin_routes
+from api.routes.chat import chat_routes
+from api.routes.completions import completion_routes
+from api.routes.health import health_routes
+from api.routes.index import index_routes
+from api.routes.models import model_routes
+from api.routes.route import Route
+from api.service import Service
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+
+
+class QuietApplication(Application):
+    """Errors that clients are told about are not news for the log."""
+
+    async def log_handled_exc(self, request: Request, exc: Exception) -> None:
+        return
+
+
+async def create_app(service: Service, reloader: Reloader) -> LifetimeGuard:
+    """The ASGI application, started. Lifespan messages are not needed."""
+    routes = [
+        *index_routes(service),
+        *chat_routes(service),
+        *completion_routes(service),
+        *model_routes(service),
+        *admin_routes(service, reloader),
+        *health_routes(service),
+    ]
+    app = _application(routes)
+    await app.start()  # type: ignore[no-untyped-call]
+    return LifetimeGuard(app, lambda: service.config)
+
+
+def _application(routes: Sequence[Route]) -> Application:
+    app = QuietApplication(router=Router())
+    for route in routes:
+        app.router.add(route.method, route.path, route.handler)
+        if route.method == "GET":
+            app.router.add("HEAD", route.path, route.handler)
+
+    async def fallback(request: Request) -> Response:
+        raise _no_such_route(app, request)
+
+    async def on_api_error(_: Application, request: Request, error: ApiError) -> Response:
+        return error_response(error)
+
+    async def on_http_error(_: Application, request: Request, error: HTTPException) -> Response:
+        return error_response(ApiError(error.status, str(error) or "not a valid request"))
+
+    async def on_crash(_: Application, request: Request, error: Exception) -> Response:
+        message = "internal error; the server's log says more"
+        return error_response(ApiError(500, message, code="internal_error"))
+
+    app.router.fallback = fallback
+    app.exceptions_handlers[ApiError] = on_api_error
+    app.exceptions_handlers[HTTPException] = on_http_error
+    app.exceptions_handlers[500] = on_crash
+    return app
+
+
+def _no_such_route(app: Application, request: Request) -> ApiError:
+    """404 for an unknown path, 405 where the path is known under another method."""
+    path = request.url.path
+    allowed = [
+        method for method in METHODS if app.router.get_matching_route(method, path) is not None
+    ]
+    shown = path.decode("latin-1")
+    if not allowed:
+        return ApiError(404, f"there is nothing at {shown}", code="unknown_url")
+    allow = ", ".join([*allowed, "OPTIONS"])
+    return ApiError(
+        405,
+        f"{request.method} is not possible at {shown}; use {allow}",
+        code="method_not_allowed",
+        headers=((b"allow", allow.encode()),),
+    )

@@ -1,0 +1,33 @@
+"""GET /: a plain text page that says what this is and how to talk to it."""
+
+from __future__ import annotations
+
+from blacksheep import Content, Request, Response
+
+from api.respond import TEXT
+from api.routes.route import Route
+from api.service import Service
+from api.summary import curl_example
+
+
+def index_routes(service: Service) -> list[Route]:
+    async def index(request: Request) -> Response:
+        host = (request.get_first_header(b"host") or b"localhost").decode("latin-1")
+        names, has_key = service.registry.names, service.config.api_key is not None
+        lines = [
+            "RWKV-7 inference server, OpenAI protocol",
+            "",
+            f"Models: {', '.join(names)}",
+            "",
+            "Try it:",
+            *(curl_example(f"http://{host}", name, has_key) for name in names[:1]),
+            "",
+            "POST /v1/chat/completions    POST /v1/completions",
+            "GET  /v1/models              GET  /v1/models/{id}",
+            "GET  /health                 GET  /health/live    GET /health/ready",
+            "GET  /metrics                POST /admin/models/reload",
+            "",
+        ]
+        return Response(200, content=Content(TEXT, "\n".join(lines).encode()))
+
+    return [Route("GET", "/", index)]

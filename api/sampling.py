@@ -1,0 +1,146 @@
+"""Sampling fields of a request body -> SamplingParams. Ranges are those of rwkv-rs.
+
+Two differences to it: `temperature = 0` is accepted and greedy, and a missing seed is drawn
+here, since the engine's draws depend on (seed, position) alone.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+
+import msgspec
+
+from api.errors import invalid
+from engine.types import SamplingParams
+
+DEFAULT_MAX_TOKENS = 256
+MAX_MAX_TOKENS = 2**31 - 1
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 1000.0
+MAX_NUM_STOPS = 16
+MAX_STOP_CHARS = 1024
+
+Integer = int | float  # JSON Schema counts 1.0 as an integer
+Number = int | float
+
+
+class SamplingFields(msgspec.Struct, kw_only=True):
+    """The fields that `/v1/chat/completions` and `/v1/completions` share; null = absent."""
+
+    max_tokens: Integer | None = None
+    max_completion_tokens: Integer | None = None
+    temperature: Number | None = None
+    top_k: Integer | None = None
+    top_p: Number | None = None
+    presence_penalty: Number | None = None
+    repetition_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    penalty_decay: Number | None = None
+    stop: str | list[str] | None = None
+    seed: Integer | None = None
+
+    def to_params(self, default_stop: Sequence[str] = ()) -> SamplingParams:
+        """Checked parameters. Raises ApiError 400 with the field's name as `param`."""
+        stop = tuple(default_stop) if self.stop is None else _stop(self.stop)
+        seed = None if self.seed is None else integer("seed", self.seed, -(2**63), 2**64 - 1)
+        return SamplingParams(
+            temperature=_temperature(self.temperature),
+            top_k=integer("top_k", self.top_k or 0, 0, 2**31 - 1, "0 turns it off"),
+            top_p=_top_p(self.top_p),
+            presence_penalty=_finite("presence_penalty", self.presence_penalty, 0.0),
+            repetition_penalty=self._repetition_penalty(),
+            penalty_decay=_finite("penalty_decay", self.penalty_decay, 1.0),
+            seed=secrets.randbits(63) if seed is None else seed % 2**64,
+            max_tokens=self._max_tokens(),
+            stop=stop,
+        )
+
+    def _max_tokens(self) -> int:
+        either = _alias(
+            ("max_tokens", self.max_tokens), ("max_completion_tokens", self.max_completion_tokens)
+        )
+        name, value = either or ("max_tokens", DEFAULT_MAX_TOKENS)
+        return integer(name, value, 1, MAX_MAX_TOKENS)
+
+    def _repetition_penalty(self) -> float:
+        """RWKV's is additive per further use of a token, which OpenAI calls frequency_penalty."""
+        either = _alias(
+            ("repetition_penalty", self.repetition_penalty),
+            ("frequency_penalty", self.frequency_penalty),
+        )
+        name, value = either or ("repetition_penalty", 0.0)
+        return _finite(name, value, 0.0)
+
+
+def integer(name: str, value: Integer, low: int, high: int, hint: str = "") -> int:
+    """`value` as an int within [low, high]; 3.0 counts as 3."""
+    if not math.isfinite(value) or value != int(value) or not low <= value <= high:
+        tail = f" ({hint})" if hint else ""
+        raise invalid(
+            f"{name!r} = {value} must be an integer from {low} to {high}{tail}", param=name
+        )
+    return int(value)
+
+
+def _alias(
+    first: tuple[str, Number | None], second: tuple[str, Number | None]
+) -> tuple[str, Number] | None:
+    """The one of two names for the same thing that was given."""
+    (name, value), (other_name, other_value) = first, second
+    if value is None:
+        return None if other_value is None else (other_name, other_value)
+    if other_value is not None and other_value != value:
+        raise invalid(
+            f"{name!r} = {value} and {other_name!r} = {other_value} mean the same here "
+            "and differ; send one of them",
+            param=other_name,
+        )
+    return name, value
+
+
+def _finite(name: str, value: Number | None, default: float) -> float:
+    if value is None:
+        return default
+    if not math.isfinite(value):
+        raise invalid(f"{name!r} = {value} must be a finite number", param=name)
+    return float(value)
+
+
+def _temperature(value: Number | None) -> float:
+    value = _finite("temperature", value, 1.0)
+    if value != 0.0 and not MIN_TEMPERATURE <= value <= MAX_TEMPERATURE:
+        raise invalid(
+            f"'temperature' = {value} must be 0 (greedy) or from {MIN_TEMPERATURE} "
+            f"to {MAX_TEMPERATURE:g}",
+            param="temperature",
+        )
+    return value
+
+
+def _top_p(value: Number | None) -> float:
+    value = _finite("top_p", value, 1.0)
+    if not 0.0 <= value <= 1.0:
+        raise invalid(
+            f"'top_p' = {value} must be from 0 (greedy) to 1 (off)",
+            param="top_p",
+        )
+    return value
+
+
+def _stop(stop: str | list[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if len(stops) > MAX_NUM_STOPS:
+        raise invalid(
+            f"'stop' has {len(stops)} strings, at most {MAX_NUM_STOPS} are supported", param="stop"
+        )
+    for text in stops:
+        if not text:
+            raise invalid("'stop' must not contain an empty string; leave it out", param="stop")
+        if len(text) > MAX_STOP_CHARS:
+            raise invalid(
+                f"'stop' has a string of {len(text)} characters, at most {MAX_STOP_CHARS} are "
+                "supported",
+                param="stop",
+            )
+    return stops

@@ -1,0 +1,62 @@
+"""What people read when the server is up: model, device, sizes, address, and a line to paste."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable
+
+from config import BindAddress
+from engine.types import ModelInfo
+
+ANY_HOSTS = ("0.0.0.0", "::")
+MIB = 2**20
+
+
+def summary(infos: Iterable[ModelInfo], address: BindAddress, has_api_key: bool) -> str:
+    """`address` with the port that was really taken."""
+    infos = list(infos)
+    lines = ["RWKV-7 server"]
+    for info in infos:
+        num_mib = info.num_slots * info.page_bytes / MIB
+        lines += [
+            f"  model    {info.model_name} ({info.num_parameters / 1e6:,.1f} M parameters)",
+            f"  device   {info.device}, weights {info.dtype}, state {info.state_dtype}",
+            f"  slots    {info.num_slots} states of {info.page_bytes:,} bytes ({num_mib:,.1f} MiB)",
+        ]
+    if address.unix_path is not None:
+        lines.append(f"  address  unix:{address.unix_path}")
+    else:
+        lines.append(f"  address  {url_of(address)}")
+    lines += ["", "Try it:", curl_for(address, infos[0].model_name, has_api_key), ""]
+    return "\n".join(lines)
+
+
+def url_of(address: BindAddress) -> str:
+    """Where a browser on this machine finds a TCP address."""
+    host = "127.0.0.1" if address.host in ANY_HOSTS else address.host
+    return f"http://[{host}]:{address.port}" if ":" in host else f"http://{host}:{address.port}"
+
+
+def curl_for(address: BindAddress, model_name: str, has_api_key: bool = False) -> str:
+    """A command that works when it is pasted into a shell."""
+    if address.unix_path is None:
+        return curl_example(url_of(address), model_name, has_api_key)
+    options = f" --unix-socket {shlex.quote(address.unix_path)}"
+    return curl_example("http://localhost", model_name, has_api_key, options)
+
+
+def curl_example(
+    base_url: str, model_name: str, has_api_key: bool = False, options: str = ""
+) -> str:
+    body = {
+        "model": model_name,
+        "messages": [{"role": "user", "content": "Hello! How are you?"}],
+        "stream": True,
+    }
+    key = ' -H "Authorization: Bearer $API_KEY"' if has_api_key else ""
+    data = shlex.quote(json.dumps(body, ensure_ascii=False))
+    return (
+        f"curl -N{options} {shlex.quote(base_url + '/v1/chat/completions')}"
+        f" -H 'Content-Type: application/json'{key} -d {data}"
+    )

@@ -1,0 +1,77 @@
+"""Known request fields that would change the answer and are not honoured yet.
+
+They are refused rather than dropped. A field passes when it is null or has a value listed here,
+which is the one that asks for nothing. Fields in no list are ignored, as rwkv-rs does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from api.errors import invalid
+
+MAX_SHOWN_CHARS = 60
+
+SHARED: dict[str, tuple[object, ...]] = {
+    "n": (1,),
+    "logit_bias": ({},),
+    "candidate_token_texts": ([],),
+    "min_p": (0,),
+    "typical_p": (1,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "bad_words": ([],),
+    "allowed_token_ids": ([],),
+    "prompt_logprobs": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+}
+CHAT: dict[str, tuple[object, ...]] = SHARED | {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "reasoning_effort": ("none",),
+    "chat_template_kwargs": ({}, {"enable_thinking": False}),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+}
+COMPLETIONS: dict[str, tuple[object, ...]] = SHARED | {
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (),
+    "response_format": ({"type": "text"},),
+}
+
+
+def refuse_unsupported(body: Mapping[str, object], table: Mapping[str, tuple[object, ...]]) -> None:
+    """Raise ApiError 400 for the first field that asks for what is not there yet."""
+    for name, value in body.items():
+        neutral = table.get(name)
+        if neutral is None or value is None or any(_same(value, other) for other in neutral):
+            continue
+        shown = json.dumps(value, ensure_ascii=False)
+        if len(shown) > MAX_SHOWN_CHARS:
+            shown = shown[:MAX_SHOWN_CHARS] + "..."
+        accepted = " or ".join(json.dumps(other) for other in neutral)
+        remedy = f"leave it out or send {accepted}" if neutral else "leave it out"
+        message = f"{name!r} = {shown} is not supported yet; {remedy}"
+        raise invalid(message, param=name, code="unsupported_parameter")
+
+
+def _same(value: object, other: object) -> bool:
+    return isinstance(value, bool) == isinstance(other, bool) and value == other

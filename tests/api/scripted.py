@@ -1,0 +1,135 @@
+"""A real EngineCore on a runner that recites a text, with a pace that tests choose. No torch.
+
+Token number i of every sequence (prompt included) is the i-th character of SCRIPT, so what a
+request must answer follows from the number of its prompt tokens alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from config import ModelTable
+from engine.core import EngineCore
+from engine.plan import StepPlan, StepResult
+from engine.tokenizer import Tokenizer
+from engine.types import ModelInfo, StatsSink
+
+SCRIPT = "Far out in the ocean, where the water is as blue as cornflowers, it is very deep. "
+VOCAB_SIZE = 300
+
+
+def write_vocab(path: Path) -> None:
+    """256 single bytes: id = byte + 1."""
+    lines = [f"{byte + 1} {bytes([byte])!r} 1" for byte in range(256)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def recited(num_prompt_tokens: int, num_tokens: int) -> str:
+    """What a greedy (or any) request is answered."""
+    return "".join(SCRIPT[(num_prompt_tokens + index) % len(SCRIPT)] for index in range(num_tokens))
+
+
+class ScriptedRunner:
+    """Answers each plan `delay_s` after the one before; never while `gate` is cleared."""
+
+    def __init__(self, delay_s: float = 0.0) -> None:
+        self.delay_s = delay_s
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.is_closed = False
+        self.fail_next: str | None = None  # the next step fails its rows with this
+        self.die_next: str | None = None  # the next step kills the engine
+        self._plans: asyncio.Queue[StepPlan] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self, on_result: Callable[[StepResult], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.create_task(self._work(on_result))
+
+    def submit(self, plan: StepPlan) -> None:
+        self._plans.put_nowait(plan)
+
+    def close(self) -> None:
+        """The core calls this from a thread of its own."""
+        task = self._task
+        assert task is not None
+        assert self._loop is not None
+        stopped = threading.Event()
+
+        def stop() -> None:
+            task.cancel()
+            stopped.set()
+
+        self._loop.call_soon_threadsafe(stop)
+        stopped.wait(5)
+        self.is_closed = True
+
+    async def _work(self, on_result: Callable[[StepResult], None]) -> None:
+        while True:
+            plan = await self._plans.get()
+            await asyncio.sleep(self.delay_s)
+            await self.gate.wait()
+            on_result(self._result(plan))
+
+    def _result(self, plan: StepPlan) -> StepResult:
+        rows = [row for row in plan.rows if row.sample]
+        tokens = tuple(
+            1 + ord(SCRIPT[(row.position + row.num_tokens) % len(SCRIPT)]) for row in rows
+        )
+        failed, self.fail_next = self.fail_next, None
+        died, self.die_next = self.die_next, None
+        return StepResult(
+            step_id=plan.step_id,
+            tokens=tokens,
+            duration_s=self.delay_s,
+            error=died or failed,
+            is_fatal=died is not None,
+        )
+
+
+class ScriptedBuilder:
+    """What the server calls to get an engine; remembers what it made."""
+
+    def __init__(self, delay_s: float = 0.0) -> None:
+        self.delay_s = delay_s
+        self.build_s = 0.0  # how long loading seems to take
+        self.error: Exception | None = None  # raised instead of building
+        self.runners: list[ScriptedRunner] = []
+        self.tables: list[ModelTable] = []
+
+    def __call__(self, table: ModelTable, stats: StatsSink) -> EngineCore:
+        """In a thread, as weights are loaded."""
+        if self.build_s:
+            threading.Event().wait(self.build_s)
+        if self.error is not None:
+            raise self.error
+        runner = ScriptedRunner(self.delay_s)
+        self.runners.append(runner)
+        self.tables.append(table)
+        info = ModelInfo(
+            model_name=table.model_name,
+            num_parameters=0,
+            device="script",
+            dtype="float32",
+            state_dtype="float32",
+            num_slots=table.max_batch_size,
+            page_bytes=8,
+            vocab_size=VOCAB_SIZE,
+            fingerprint=f"script-{len(self.runners)}",
+            max_batch_size=table.max_batch_size,
+            max_batch_tokens=table.resolved_max_batch_tokens,
+            paragraph_len=table.paragraph_len,
+            max_context_len=table.max_context_len,
+        )
+        tokenizer = Tokenizer.load(table.tokenizer_vocab_path)
+        return EngineCore(info, tokenizer, runner, _limits(table), stats)
+
+
+def _limits(table: ModelTable):
+    from api.registry import limits_of
+
+    return limits_of(table)
