@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+TRAIN_CFG ?= rwkv-lm-tiny
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve train test slow check fmt bench load clean
@@ -18,8 +19,8 @@ install: .venv/.installed ## create .venv and install pinned dependencies
 serve: .venv/.installed ## serve the embedded model on http://127.0.0.1:8080 (ARGS="--infer-cfg NAME ...")
 	@exec $(BIN)/python -m api $(ARGS)
 
-train: .venv/.installed ## train the embedded model (ARGS="--train-cfg NAME --steps N ...")
-	@exec $(BIN)/python -m train $(ARGS)
+train: .venv/.installed ## train, or go on with a run that was stopped (TRAIN_CFG=rwkv-lm-tiny ARGS="--steps N")
+	@exec $(BIN)/python -m train --train-cfg $(TRAIN_CFG) $(ARGS)
 
 test: .venv/.installed ## every test that is not marked slow or gpu
 	@$(BIN)/python -m pytest $(ARGS)
