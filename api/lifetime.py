@@ -81,7 +81,7 @@ class LifetimeGuard:
         try:
             preflight = preflight_headers(config.allowed_origins, headers)
             if scope["method"] == "OPTIONS" and preflight is not None:
-                answer.extra = ()
+                answer.extra = ()  # the preflight's headers hold them already
                 await answer.send_whole(204, preflight)
                 return
             check_api_key(config.api_key, scope["path"], headers)

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from api.errors import ApiError, invalid
 from config import ModelTable
 from engine.client import EngineClient
-from engine.types import EngineSnapshot, LiveLimits
+from engine.limits import limits_of
+from engine.types import EngineSnapshot
 
 logger = logging.getLogger(__name__)
 
@@ -109,16 +110,6 @@ class ModelRegistry:
         task = asyncio.create_task(_finish(old), name=f"retire {old.table.model_name}")
         self._retiring[task] = old
         task.add_done_callback(self._retiring.pop)
-
-
-def limits_of(table: ModelTable) -> LiveLimits:
-    """The part of a model table that a running replica can take over."""
-    return LiveLimits(
-        decode_first=table.decode_first,
-        max_batch_tokens=table.resolved_max_batch_tokens,
-        max_waiting=table.max_waiting,
-        max_context_len=table.max_context_len,
-    )
 
 
 def _reconfigured(replica: Replica, table: ModelTable) -> Replica:

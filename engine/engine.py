@@ -16,6 +16,7 @@ import torch
 from config import ModelTable, load_infer
 from engine.core import EngineCore
 from engine.errors import InvalidRequest, WeightsError
+from engine.limits import limits_of
 from engine.model.rwkv7 import RWKV7
 from engine.model.weights import dummy_model, fingerprint, load_model
 from engine.plan import ZERO_SLOT, Row, SeatStart, SlotRef, StepPlan
@@ -26,7 +27,6 @@ from engine.state.storage import StateStorage
 from engine.tokenizer import Tokenizer
 from engine.types import (
     EngineRequest,
-    LiveLimits,
     ModelInfo,
     OutputDelta,
     SamplingParams,
@@ -80,17 +80,7 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
         paragraph_len=table.paragraph_len,
         max_context_len=table.max_context_len,
     )
-    return EngineCore(info, tokenizer, runner, live_limits(table), stats)
-
-
-def live_limits(table: ModelTable) -> LiveLimits:
-    """The part of a model table that a running replica can take over."""
-    return LiveLimits(
-        decode_first=table.decode_first,
-        max_batch_tokens=table.resolved_max_batch_tokens,
-        max_waiting=table.max_waiting,
-        max_context_len=table.max_context_len,
-    )
+    return EngineCore(info, tokenizer, runner, limits_of(table), stats)
 
 
 def pick_device(table: ModelTable) -> torch.device:

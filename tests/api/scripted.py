@@ -13,6 +13,7 @@ from pathlib import Path
 
 from config import ModelTable
 from engine.core import EngineCore
+from engine.limits import limits_of
 from engine.plan import StepPlan, StepResult
 from engine.tokenizer import Tokenizer
 from engine.types import ModelInfo, StatsSink
@@ -126,10 +127,4 @@ class ScriptedBuilder:
             max_context_len=table.max_context_len,
         )
         tokenizer = Tokenizer.load(table.tokenizer_vocab_path)
-        return EngineCore(info, tokenizer, runner, _limits(table), stats)
-
-
-def _limits(table: ModelTable):
-    from api.registry import limits_of
-
-    return limits_of(table)
+        return EngineCore(info, tokenizer, runner, limits_of(table), stats)
