@@ -16,6 +16,10 @@ from hypothesis import HealthCheck, settings
 # The folder beside the checkout; a plain clone does not have it.
 SHARED_DIR = Path(__file__).parents[1].parent / "shared"
 
+# torch's threads wait for each other by spinning: on a busy machine two are many times slower
+# than one. Set before anything imports torch, and inherited by the servers that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 settings.register_profile(
     "ci", max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

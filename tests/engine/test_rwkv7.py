@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from config.schema import ModelConfig
+from config import ModelConfig
+from config import load_model as load_model_config
 from engine.kernels import reference
 from engine.model.rwkv7 import RWKV7, Batch, ModelDims, State
 from engine.model.weights import dummy_model, load_model
@@ -104,7 +105,22 @@ OFFICIAL_SHAPES = [
 def test_random_official_checkpoint_matches_the_rwkv_package(
     shape: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = model_config(**shape)
+    compare_with_the_rwkv_package(model_config(**shape), tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rwkv-lm-0.1b", "rwkv-lm-0.4b"])
+def test_random_checkpoint_of_a_released_shape_matches_the_rwkv_package(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = load_model_config(Path(__file__).parents[2] / "config", name)
+    compare_with_the_rwkv_package(cfg, tmp_path, monkeypatch)
+
+
+def compare_with_the_rwkv_package(
+    cfg: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequence mode over 40 tokens, then token by token from the state it left."""
     tensors = {
         name: t.view(1, 1, -1) if name.split(".")[-1].startswith("x_") else t
         for name, t in dummy_model(cfg, "cpu", torch.float32, seed=1).state_dict().items()

@@ -44,8 +44,10 @@ def test_the_servable_file_holds_bf16_weights_only(tmp_path: Path) -> None:
     assert tensors["w"].dtype == torch.bfloat16
 
 
-def test_a_server_of_another_user_may_read_the_weights(tmp_path: Path) -> None:
-    assert all(path.stat().st_mode & 0o044 == 0o044 for path in save(tmp_path, 7).iterdir())
+def test_the_servable_file_has_the_mode_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "by_umask").touch()
+    mode = (save(tmp_path, 7) / "model.safetensors").stat().st_mode
+    assert mode == (tmp_path / "by_umask").stat().st_mode
 
 
 def test_an_empty_folder_has_no_checkpoint(tmp_path: Path) -> None:
