@@ -82,10 +82,8 @@ def save(
         save_file({k: v.detach().contiguous() for k, v in state.items()}, temporary / STATE)
         _write_json(temporary / META, {"step": step, **meta})
         _write_json(temporary / MANIFEST, _manifest(temporary))
-        for path in temporary.iterdir():
-            path.chmod(0o644)  # safetensors makes private files; a server may be another user
+        for path in (*temporary.iterdir(), temporary):
             _fsync(path)
-        _fsync(temporary)
     except SafetensorError as error:  # what safetensors makes of a failed write
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(str(error)) from error

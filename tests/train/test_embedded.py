@@ -40,7 +40,7 @@ def answer(question: str, max_tokens: int = 60) -> str:
     """The greedy answer, from the prompt a chat request makes."""
     model, tokenizer = embedded()
     state, slot = model.new_state(1, "cpu"), torch.zeros(1, dtype=torch.int64)
-    ids, text = tokenizer.encode(f"User: {question}\n\nAssistant:"), ""
+    ids, text = [0, *tokenizer.encode(f"User: {question}\n\nAssistant:")], ""
     output: list[int] = []
     while len(output) < max_tokens and "\n\nUser:" not in text:
         batch = Batch(lengths=(len(ids),), src_slot=slot, dst_slot=slot)
