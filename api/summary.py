@@ -53,6 +53,7 @@ def curl_example(
         "model": model_name,
         "messages": [{"role": "user", "content": "Hello! How are you?"}],
         "stream": True,
+        "top_p": 0.3,  # RWKV's model cards; drawn from the whole vocabulary, small models ramble
     }
     key = ' -H "Authorization: Bearer $API_KEY"' if has_api_key else ""
     data = shlex.quote(json.dumps(body, ensure_ascii=False))

@@ -7,10 +7,11 @@ find from then on.
 from __future__ import annotations
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
-from tests.engine.scripts import Operation, scripts, setups
+from engine.types import EngineRequest, SamplingParams
+from tests.engine.scripts import Add, Operation, Step, scripts, setups
 from tests.engine.seeded_bugs import BUGS, Bug, Patch
 from tests.engine.simulation import Setup, Simulation
 
@@ -26,13 +27,30 @@ class Unprinted:
         return "Unprinted()"
 
 
+def request(num_prompt_tokens: int, max_tokens: int) -> EngineRequest:
+    return EngineRequest(
+        request_id="r",
+        prompt_ids=tuple(range(num_prompt_tokens)),
+        sampling=SamplingParams(max_tokens=max_tokens, stop_token_ids=()),
+    )
+
+
+# A prompt that takes the whole budget of every step while an answer runs: random scripts have
+# this too seldom to rely on.
+FLOOD = Unprinted(
+    Setup(num_slots=2, max_batch_size=2, paragraph_len=1, decode_first=False),
+    [Add((request(1, 12),)), Step(2), Add((request(40, 1),)), Step(20)],
+)
+
+
 @settings(
     max_examples=1000,
     derandomize=True,
     database=None,
-    phases=[Phase.generate],
+    phases=[Phase.explicit, Phase.generate],
     report_multiple_bugs=False,
 )
+@example(FLOOD)
 @given(st.tuples(setups(), scripts()).map(lambda pair: Unprinted(*pair)))
 def check_property(example: Unprinted) -> None:
     Simulation(example.setup).run(example.script)
