@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import statistics
 import tempfile
@@ -34,12 +35,13 @@ PROMPT_LEN, LONG_PROMPT_LEN = 16, 1024
 def peer(model: RWKV7) -> Any:
     """The `rwkv` package in float32 with the weights of `model`."""
     os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="1", RWKV_CUDA_ON="0")
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    quiet = contextlib.redirect_stdout(None)  # it prints every tensor it loads
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), quiet:
         warnings.simplefilter("ignore")
         from rwkv.model import RWKV
 
         torch.save(model.state_dict(), Path(folder) / "weights.pth")
-        return RWKV(model=str(Path(folder) / "weights"), strategy="cpu fp32", verbose=False)
+        return RWKV(model=str(Path(folder) / "weights"), strategy="cpu fp32")
 
 
 def seconds(action: Callable[[], object]) -> float:

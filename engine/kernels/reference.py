@@ -29,15 +29,19 @@ def log_decay(d: Tensor) -> Tensor:
 
 def shift_tokens(x_TC: Tensor, lengths: tuple[int, ...], last_SC: Tensor) -> Tensor:
     """The token before each token: x moved down by one, `last_SC` at the head of each sequence."""
+    last_SC = last_SC.to(x_TC.dtype)
+    if max(lengths) == 1:
+        return last_SC
     previous = torch.cat([x_TC[:1], x_TC[:-1]])
-    starts = _starts(lengths, x_TC.device)
-    return previous.index_copy(0, starts, last_SC.to(x_TC.dtype))
+    sizes = torch.tensor(lengths, device=x_TC.device)
+    return previous.index_copy(0, sizes.cumsum(0) - sizes, last_SC)
 
 
 def last_tokens(x_TC: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """The rows [S, C] of each sequence's last token."""
-    ends = _starts(lengths, x_TC.device) + torch.tensor(lengths, device=x_TC.device) - 1
-    return x_TC[ends]
+    if max(lengths) == 1:
+        return x_TC
+    return x_TC[torch.tensor(lengths, device=x_TC.device).cumsum(0) - 1]
 
 
 def mix(x_TC: Tensor, previous_TC: Tensor, mu_J1C: Tensor) -> Tensor:
@@ -83,13 +87,13 @@ def wkv7_step(
 
     u = Sᵀa;  S ← diag(w) S + b uᵀ + k vᵀ;  y = Sᵀr    (S is [key, value])
     """
-    u = torch.einsum("...j,...ji->...i", a, state)
+    u = (a.unsqueeze(-2) @ state).squeeze(-2)
     state = (
         lw.exp().unsqueeze(-1) * state
         + b.unsqueeze(-1) * u.unsqueeze(-2)
         + k.unsqueeze(-1) * v.unsqueeze(-2)
     )
-    return torch.einsum("...j,...ji->...i", r, state), state
+    return (r.unsqueeze(-2) @ state).squeeze(-2), state
 
 
 def wkv7_recurrent(
@@ -238,8 +242,3 @@ def cross_entropy_l2wrap(
         hidden_MC, weight_VC, targets_M, l2wrap, rows_per_chunk
     )
     return loss
-
-
-def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    ends = torch.tensor(lengths, device=device).cumsum(0)
-    return ends - torch.tensor(lengths, device=device)
