@@ -38,6 +38,7 @@ def check_request(request: EngineRequest, *, vocab_size: int, max_context_len: i
             f"timeout_s = {timeout_s}: must be positive, or None for no deadline", "timeout_s"
         )
     _check_ids("prompt_ids", ids, vocab_size)
+    _check_cache_fields(request)
     _check_sampling(request.sampling, vocab_size)
 
 
@@ -70,6 +71,21 @@ def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
             )
     _check_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
     _check_ids("banned_token_ids", sampling.banned_token_ids, vocab_size)
+
+
+def _check_cache_fields(request: EngineRequest) -> None:
+    if not _has_utf8(request.cache_salt):
+        raise InvalidRequest(
+            f"cache_salt = {request.cache_salt!r}: a lone surrogate has no UTF-8 form, remove it",
+            "cache_salt",
+        )
+    num_prompt = len(request.prompt_ids)
+    for hint in request.snapshot_hints:
+        if not 0 <= hint <= num_prompt:
+            raise InvalidRequest(
+                f"snapshot_hints has {hint}: must be from 0 to the prompt's {num_prompt} tokens",
+                "snapshot_hints",
+            )
 
 
 def _has_utf8(text: str) -> bool:

@@ -20,6 +20,7 @@ from engine.plan import Runner, StepPlan, StepResult
 from engine.response import Response
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
+from engine.state.cache import StateCache
 from engine.state.pool import SlotPool
 from engine.tokenizer import Tokenizer
 from engine.types import (
@@ -53,13 +54,11 @@ class EngineCore:
         limits: LiveLimits,
         stats: StatsSink | None = None,
         depth: int = DEPTH,
+        cache_seed: bytes | None = None,
     ) -> None:
-        self._scheduler = Scheduler(
-            SlotPool(info.num_slots),
-            limits,
-            max_batch_size=info.max_batch_size,
-            paragraph_len=info.paragraph_len,
-        )
+        """`cache_seed` names what states depend on besides tokens; None: nothing is reused."""
+        cache = StateCache(SlotPool(info.num_slots), info.paragraph_len, cache_seed)
+        self._scheduler = Scheduler(cache, limits, max_batch_size=info.max_batch_size)
         self._info = info
         self._tokenizer = tokenizer
         self._stats = stats
@@ -154,8 +153,9 @@ class EngineCore:
         return EngineSnapshot(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
-            num_slots=self._scheduler.pool.num_slots,
-            num_free_slots=self._scheduler.pool.num_free,
+            num_slots=self._info.num_slots,
+            num_free_slots=self._scheduler.cache.num_available,
+            cache=self._scheduler.cache.stats,
             is_accepting=self._is_accepting and self._death is None,
             is_dead=self._death is not None,
             seconds_since_commit=self._pipeline.seconds_since_result,

@@ -70,6 +70,7 @@ class Response:
             matched_stop=None if reason is None else self._output.matched_stop,
             num_prompt_tokens=seq.num_prompt_tokens,
             num_output_tokens=len(seq.output_ids),
+            num_cached_tokens=seq.num_cached_tokens,
             error=seq.error if reason is FinishReason.ERROR else None,
         )
         self._held_ids.clear()
@@ -81,7 +82,7 @@ class Response:
         return RequestStats(
             finish_reason=reason,
             num_prompt_tokens=self.seq.num_prompt_tokens,
-            num_cached_tokens=0,
+            num_cached_tokens=self.seq.num_cached_tokens,
             num_output_tokens=len(self.seq.output_ids),
             queue_s=None if admitted_s is None else admitted_s - submitted_s,
             prefill_s=None if admitted_s is None or first_s is None else first_s - admitted_s,

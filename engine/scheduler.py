@@ -1,7 +1,7 @@
 """Scheduler: which sequences run, and what each step computes. Knows no tensor, clock or text.
 
-Pages: a sequence is admitted when a slot and a seat are free; nothing it does later needs more
-memory. Its first row reads the zero page, every row writes the sequence's own slot.
+Pages: a sequence is admitted when a slot and a seat can be had; nothing it does later needs more
+memory. Which slots a row reads and writes is the state cache's affair.
 Release is immediate, also with rows in flight: the device runs plans in order, so whoever gets
 the slot or seat next comes after them, and their results are ignored at commit.
 """
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass
+from itertools import islice
 from time import perf_counter
 
-from engine.plan import BAD_TOKEN, Row, SeatStart, SlotRef, StepPlan, StepResult
+from engine.plan import BAD_TOKEN, Row, SeatStart, StepPlan, StepResult
 from engine.sequence import Sequence, SequenceStatus
-from engine.state.pool import SlotPool
+from engine.state.cache import StateCache
+from engine.state.owners import is_awaiting
 from engine.types import FinishReason, LiveLimits
 
 # With decode_first = false a decode row runs at least in each such step, however much prefill
@@ -33,21 +35,18 @@ class Progress:
 class Scheduler:
     """Plans steps and commits their results, strictly in order.
 
-    `max_batch_size` seats bound how many sequences run, the pool's slots likewise. Prefill goes
-    in chunks of whole paragraphs counted from the left, only the last chunk is ragged; together
-    with `max_batch_tokens >= max_batch_size + paragraph_len` this lets every step with prefill
+    `max_batch_size` seats bound how many sequences run, the cache's slots likewise. Prefill goes
+    in chunks of whole paragraphs counted from the left, only the last chunk is ragged, and chunks
+    end where the cache asks for a snapshot; together with
+    `max_batch_tokens >= max_batch_size + paragraph_len` this lets every step with prefill
     work advance some prompt by a paragraph at least, whatever is decoding.
     """
 
-    def __init__(
-        self, pool: SlotPool, limits: LiveLimits, *, max_batch_size: int, paragraph_len: int
-    ) -> None:
-        for name, value in (("max_batch_size", max_batch_size), ("paragraph_len", paragraph_len)):
-            if value < 1:
-                raise ValueError(f"{name} = {value}: must be at least 1")
-        self.pool = pool
+    def __init__(self, cache: StateCache, limits: LiveLimits, *, max_batch_size: int) -> None:
+        if max_batch_size < 1:
+            raise ValueError(f"max_batch_size = {max_batch_size}: must be at least 1")
+        self.cache = cache
         self.max_batch_size = max_batch_size
-        self.paragraph_len = paragraph_len
         self.limits = self._checked(limits)
         self._waiting: list[Sequence] = []  # sorted by waiting_order
         self._running: dict[int, Sequence] = {}  # by seq_id, in order of admission
@@ -66,7 +65,7 @@ class Scheduler:
     @property
     def num_admissible(self) -> int:
         """How many sequences could be admitted now, memory and seats counted."""
-        return min(len(self._free_seats), self.pool.num_free)
+        return min(len(self._free_seats), self.cache.num_available)
 
     def reconfigure(self, limits: LiveLimits) -> None:
         """Use new limits from the next plan on. Raises ValueError and keeps the old ones."""
@@ -94,6 +93,7 @@ class Scheduler:
     def plan(self) -> StepPlan | None:
         """The next step, or None when nobody can be given a row now."""
         budget = self.limits.max_batch_tokens
+        self.cache.begin_plan(self._num_next())
         decoding = [seq for seq in self._running.values() if seq.can_decode]
         due = [seq for seq in decoding if self._is_due(seq)]
         others = [seq for seq in decoding if not self._is_due(seq)]
@@ -104,6 +104,7 @@ class Scheduler:
         rows += self._decode_rows(others[:num_left])
         for seq in others[num_left:]:
             seq.num_skipped_steps += 1
+        self.cache.end_plan()
         if not rows:
             return None
         plan = StepPlan(self._num_planned_steps, tuple(rows), tuple(starts))
@@ -133,23 +134,20 @@ class Scheduler:
             if seq is None:
                 continue
             seq.num_computed += row.num_tokens
+            if token_id != BAD_TOKEN:
+                self.cache.publish(seq)
             if token_id is not None:
                 progress.append(self._take_token(seq, token_id))
         return progress
 
     def check(self) -> None:
         """Raise AssertionError if any invariant is broken. O(slots + sequences)."""
-        self.pool.check()
-        running = self._running.values()
+        running = list(self._running.values())
+        self.cache.check(running)
         seats = [seq.seat for seq in running] + self._free_seats
         assert sorted(seat for seat in seats if seat is not None) == list(
             range(self.max_batch_size)
         ), f"seats lost or shared: {seats}"
-        slots = [seq.slot for seq in running if seq.slot is not None]
-        assert len(set(slots)) == len(running), f"slots lost or shared: {slots}"
-        assert all(self.pool.is_current(slot) for slot in slots), f"stale slot among {slots}"
-        num_used = self.pool.num_slots - self.pool.num_free
-        assert num_used == len(running), f"{num_used} slots used by {len(running)} sequences"
         order = [seq.waiting_order for seq in self._waiting]
         assert order == sorted(order), "the waiting are out of order"
         for seq in self._waiting:
@@ -177,41 +175,49 @@ class Scheduler:
                 return rows, starts
             rows.append(self._row(seq, num_tokens, is_decode=False))
             budget -= num_tokens
-        while self._waiting and self.num_admissible > 0:
-            num_tokens = self._chunk_len(self._waiting[0], budget)
-            if num_tokens == 0:
+        num_passed = 0  # of those who wait for what others compute
+        while num_passed < len(self._waiting) and self._free_seats:
+            seq = self._waiting[num_passed]
+            if self.cache.must_wait(seq):
+                num_passed += 1
+                continue
+            num_rest = seq.num_prompt_tokens - self.cache.num_cached(seq)
+            if budget < min(num_rest, self.cache.paragraph_len) or not self.cache.admit(seq):
                 break
-            seq = self._waiting.pop(0)
-            starts.append(self._admit(seq))
-            rows.append(self._row(seq, num_tokens, is_decode=False))
-            budget -= num_tokens
+            del self._waiting[num_passed]
+            starts.append(self._start(seq))
+            rows.append(self._row(seq, self._chunk_len(seq, budget), is_decode=False))
+            budget -= rows[-1].num_tokens
         return rows, starts
 
+    def _num_next(self) -> int:
+        """How many may be admitted now, if the budget allows: they need slots."""
+        num_seats = len(self._free_seats)
+        ready = (seq for seq in self._waiting if not is_awaiting(seq))
+        return sum(1 for _ in islice(ready, num_seats))
+
     def _chunk_len(self, seq: Sequence, budget: int) -> int:
-        """Tokens of the next prefill row: the rest of the prompt, or whole paragraphs of it."""
-        num_rest = seq.num_prompt_tokens - seq.num_planned
+        """Tokens of the next prefill row: up to where it is to stop, or whole paragraphs of it."""
+        num_rest = self.cache.next_stop(seq) - seq.num_planned
         if num_rest <= budget:
             return num_rest
-        return budget - budget % self.paragraph_len
+        return budget - budget % self.cache.paragraph_len
 
-    def _admit(self, seq: Sequence) -> SeatStart:
-        slot = self.pool.alloc()
-        assert slot is not None, "admitted without a free slot"
-        seq.slot, seq.seat = slot, self._free_seats.pop()
+    def _start(self, seq: Sequence) -> SeatStart:
+        seq.seat = self._free_seats.pop()
         seq.status, seq.admitted_s = SequenceStatus.RUNNING, perf_counter()
         self._running[seq.seq_id] = seq
         return SeatStart(seq.seat, seq.request.sampling)
 
     def _release(self, seq: Sequence) -> None:
-        assert seq.slot is not None, f"sequence {seq.seq_id} runs without a slot"
         assert seq.seat is not None, f"sequence {seq.seq_id} runs without a seat"
-        self.pool.release(seq.slot)
+        self.cache.release(seq)
         self._free_seats.append(seq.seat)
-        seq.slot = seq.seat = None
+        seq.seat = None
         del self._running[seq.seq_id]
 
     def _row(self, seq: Sequence, num_tokens: int, *, is_decode: bool) -> Row:
-        src, dst = self._pages(seq)
+        src, dst = self.cache.advance(seq)
         assert seq.seat is not None, f"sequence {seq.seq_id} has no seat"
         begin, end = seq.num_planned, seq.num_planned + num_tokens
         seq.num_planned = end
@@ -226,14 +232,10 @@ class Scheduler:
             sample=end >= seq.num_prompt_tokens,
         )
 
-    def _pages(self, seq: Sequence) -> tuple[SlotRef, SlotRef]:
-        """Where the next row reads and writes."""
-        assert seq.slot is not None, f"sequence {seq.seq_id} has no slot"
-        return (self.pool.zero if seq.num_planned == 0 else seq.slot), seq.slot
-
     def _take_token(self, seq: Sequence, token_id: int) -> Progress:
         if token_id == BAD_TOKEN:
             position = seq.num_computed
+            self.cache.forget(seq)
             self.finish(seq, FinishReason.ERROR, f"logits of token {position} are not finite")
             return Progress(seq, None)
         seq.output_ids.append(token_id)
@@ -250,7 +252,7 @@ class Scheduler:
         return [Progress(seq, None) for seq in seqs]
 
     def _checked(self, limits: LiveLimits) -> LiveLimits:
-        least = self.max_batch_size + self.paragraph_len
+        least = self.max_batch_size + self.cache.paragraph_len
         if limits.max_batch_tokens < least:
             raise ValueError(
                 f"max_batch_tokens = {limits.max_batch_tokens}: must be at least max_batch_size"
@@ -262,7 +264,7 @@ class Scheduler:
         num_prompt = seq.num_prompt_tokens
         assert seq.num_computed <= seq.num_planned, f"{seq.seq_id} computed more than planned"
         assert seq.num_planned < num_prompt + seq.max_tokens, f"{seq.seq_id} planned too far"
-        assert not seq.needs_prefill or seq.num_planned % self.paragraph_len == 0, (
+        assert not seq.needs_prefill or seq.num_planned % self.cache.paragraph_len == 0, (
             f"{seq.seq_id} stands at {seq.num_planned}, off the paragraph grid"
         )
         num_drawn = max(0, seq.num_computed - num_prompt + 1)

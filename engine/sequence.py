@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import NamedTuple
 
 from engine.plan import SlotRef
+from engine.state.prefix import Page
 from engine.types import EngineRequest, FinishReason
 
 
@@ -19,9 +21,23 @@ class SequenceStatus(Enum):
     FINISHED = auto()  # owns nothing any more; finish_reason says why
 
 
+class FrozenSlot(NamedTuple):
+    """A snapshot that the device may not have written yet: the state after `num_tokens` tokens."""
+
+    num_tokens: int
+    slot: SlotRef
+
+
+class Awaited(NamedTuple):
+    """A snapshot that `owner` is going to leave after `num_tokens` tokens."""
+
+    owner: Sequence
+    num_tokens: int
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """State of one request in the scheduler, who alone changes it.
+    """State of one request in the scheduler and the state cache, who alone change it.
 
     `max_tokens` is the request's, cut to what the context length leaves.
     """
@@ -35,11 +51,19 @@ class Sequence:
     num_planned: int = 0
     num_computed: int = 0
     num_skipped_steps: int = 0  # plans made since its last decode row
-    slot: SlotRef | None = None
     seat: int | None = None
     admitted_s: float | None = None  # perf_counter
     finish_reason: FinishReason | None = None
     error: str | None = None
+    # The state cache's:
+    slot: SlotRef | None = None  # its live page
+    num_cached_tokens: int = 0  # of the prompt, taken from a snapshot
+    chain: list[bytes] = field(default_factory=list)  # links of its paragraphs, as far as needed
+    origin: SlotRef | None = None  # what its first row reads; None once that is planned
+    stops: set[int] = field(default_factory=set)  # where its prefill is to leave snapshots
+    frozen: list[FrozenSlot] = field(default_factory=list)  # left, but not committed; ascending
+    turn: Page | None = None  # its newest snapshot from decoding
+    awaited: Awaited | None = None  # what it waits, or has waited, to begin from
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.request.prompt_ids)
@@ -67,3 +91,11 @@ class Sequence:
     def waiting_order(self) -> tuple[int, int]:
         """Sort key among the waiting: higher priority first, then first come."""
         return (-self.request.priority, self.seq_id)
+
+    def tokens(self, begin: int, end: int) -> tuple[int, ...]:
+        """Tokens fed at positions `begin` to `end`, all of which must be known."""
+        num_prompt = self.num_prompt_tokens
+        outputs = self.output_ids[max(begin - num_prompt, 0) : max(end - num_prompt, 0)]
+        tokens = (*self.request.prompt_ids[begin:end], *outputs)
+        assert len(tokens) == end - begin, f"{self.seq_id} has no {end} tokens"
+        return tokens

@@ -60,6 +60,9 @@ class EngineRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0  # higher first among the waiting
     timeout_s: float | None = None  # from submission; then FinishReason.ABORT
+    cache_salt: str = ""  # states are reused only among requests of the same salt
+    # Numbers of prompt tokens after which a snapshot is worth leaving: where messages begin.
+    snapshot_hints: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,13 +146,24 @@ class StatsSink(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CacheStats:
+    """The prefix cache: counters since the replica began, and the snapshots it holds now."""
+
+    num_queried_tokens: int = 0  # prompt tokens of the admitted sequences
+    num_hit_tokens: int = 0  # those of them that were taken from a snapshot
+    num_evictions: int = 0  # snapshots given up for room
+    num_snapshots: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSnapshot:
     """Gauges, taken when somebody asks."""
 
     num_running: int
     num_waiting: int
     num_slots: int
-    num_free_slots: int
+    num_free_slots: int  # empty, or holding a snapshot that gives way to a new sequence
+    cache: CacheStats = CacheStats()
     is_accepting: bool
     is_dead: bool
     seconds_since_commit: float | None  # None when nothing is in flight

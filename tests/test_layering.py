@@ -39,12 +39,23 @@ WITHOUT_TORCH = (
     "engine.response",
     "engine.scheduler",
     "engine.sequence",
+    "engine.state.cache",
+    "engine.state.owners",
     "engine.state.pool",
+    "engine.state.prefix",
     "engine.tokenizer",
     "engine.types",
 )
 # Scheduling knows integers only: neither text nor the event loop.
-INTEGERS_ONLY = ("engine.plan", "engine.scheduler", "engine.sequence", "engine.state.pool")
+INTEGERS_ONLY = (
+    "engine.plan",
+    "engine.scheduler",
+    "engine.sequence",
+    "engine.state.cache",
+    "engine.state.owners",
+    "engine.state.pool",
+    "engine.state.prefix",
+)
 NOT_INTEGERS = ("asyncio", "engine.tokenizer", "engine.output", "engine.client", "threading")
 
 

@@ -1,12 +1,14 @@
 """Scripts: random operations for a Simulation, as hypothesis strategies.
 
 Bursts, delays between plan and commit, and aborts with rows in flight are what finds bugs, so
-they are operations of their own rather than coincidences.
+they are operations of their own rather than coincidences. So are prompts that begin alike, equal
+prompts that come together, and further turns of a conversation.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -25,6 +27,22 @@ class Add:
     def __call__(self, simulation: Simulation) -> None:
         for request in self.requests:
             simulation.add(request)
+
+
+@dataclass(frozen=True)
+class FollowUp:
+    """The next turn of a conversation: its prompt, what was answered so far, and `request`'s."""
+
+    index: int
+    request: EngineRequest
+
+    def __call__(self, simulation: Simulation) -> None:
+        if not simulation.tracked:
+            return
+        earlier = simulation.tracked[self.index % len(simulation.tracked)]
+        prompt_ids = (*earlier.request.prompt_ids, *earlier.tokens, *self.request.prompt_ids)
+        salt = earlier.request.cache_salt
+        simulation.add(replace(self.request, prompt_ids=prompt_ids, cache_salt=salt))
 
 
 @dataclass(frozen=True)
@@ -71,14 +89,32 @@ class Reconfigure:
         simulation.reconfigure(self.extra_batch_tokens, self.decode_first)
 
 
-Operation = Add | Plan | Commit | Step | Abort | Reconfigure
+Operation = Add | FollowUp | Plan | Commit | Step | Abort | Reconfigure
+
+
+def prompts() -> st.SearchStrategy[tuple[int, ...]]:
+    """Random ones, and such as share their beginning: a text `i, i + 1, ...` cut somewhere."""
+    ids = st.integers(0, VOCAB_SIZE - 1)
+    alone = st.lists(ids, min_size=1, max_size=30).map(tuple)
+    shared = st.builds(
+        lambda first, length, rest: (*range(first, first + length), *rest),
+        first=st.integers(0, 1),
+        length=st.integers(1, 24),
+        rest=st.lists(st.integers(0, 2), max_size=6),
+    )
+    return st.one_of(alone, shared, shared, shared)
+
+
+def request(prompt_ids: tuple[int, ...], hints: list[int], **fields: Any) -> EngineRequest:
+    inside = tuple(hint % (len(prompt_ids) + 1) for hint in hints)
+    return EngineRequest(prompt_ids=prompt_ids, snapshot_hints=inside, **fields)
 
 
 def requests() -> st.SearchStrategy[EngineRequest]:
     return st.builds(
-        EngineRequest,
+        request,
         request_id=st.just("r"),
-        prompt_ids=st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=30).map(tuple),
+        prompt_ids=prompts(),
         sampling=st.builds(
             SamplingParams,
             max_tokens=st.integers(1, 12),
@@ -86,15 +122,21 @@ def requests() -> st.SearchStrategy[EngineRequest]:
             stop_token_ids=st.sampled_from(((), MANY_STOP_IDS)),
         ),
         priority=st.integers(-1, 1),
+        cache_salt=st.sampled_from(("", "", "", "tenant")),
+        hints=st.lists(st.integers(0, 30), max_size=3),
     )
 
 
 def operations() -> st.SearchStrategy[Operation]:
     add = st.builds(Add, st.lists(requests(), min_size=1, max_size=2).map(tuple))
     burst = st.builds(Add, st.lists(requests(), min_size=3, max_size=8).map(tuple))
+    equal = st.builds(lambda request, times: Add((request,) * times), requests(), st.integers(2, 5))
     return st.one_of(
         add,
         burst,
+        equal,
+        st.builds(FollowUp, st.integers(0, 10), requests()),
+        st.builds(FollowUp, st.integers(0, 10), requests()),
         st.just(Plan()),
         st.just(Commit()),
         st.just(Commit(fails=True)),
@@ -119,4 +161,7 @@ def setups() -> st.SearchStrategy[Setup]:
         depth=st.integers(1, 3),
         decode_first=st.booleans(),
         bad_every=st.sampled_from((0, 0, 40)),
+        has_cache=st.sampled_from((True, True, True, False)),
+        min_snapshot_tokens=st.sampled_from((0, 0, 6)),
+        max_ghosts=st.sampled_from((1000, 1000, 3)),
     )

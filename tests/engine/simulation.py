@@ -13,9 +13,13 @@ from dataclasses import dataclass, field
 from engine.plan import ZERO_SLOT, Row, SlotRef, StepPlan, StepResult
 from engine.scheduler import DECODE_INTERVAL, Progress, Scheduler
 from engine.sequence import Sequence
+from engine.state.cache import StateCache
 from engine.state.pool import SlotPool
+from engine.state.prefix import link, root
 from engine.types import EngineRequest, FinishReason, LiveLimits
-from tests.hash_model import Answer, HashModel, oracle
+from tests.hash_model import Answer, HashModel, feed, oracle
+
+SEED = b"seed of the hash model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +33,9 @@ class Setup:
     depth: int = 2
     decode_first: bool = True
     bad_every: int = 0
+    has_cache: bool = False
+    min_snapshot_tokens: int = 0
+    max_ghosts: int = 1000
 
     def limits(self, extra_batch_tokens: int, decode_first: bool) -> LiveLimits:
         return LiveLimits(
@@ -50,6 +57,9 @@ class Tracked:
     num_skipped: int = 0
     has_failed_row: bool = False
     tokens: list[int] = field(default_factory=list)
+    dst: SlotRef | None = None  # of its newest row
+    num_cached: int = 0  # where its first row began
+    chain: list[bytes] = field(default_factory=list)  # its paragraphs, filed under `states`
 
     @property
     def request(self) -> EngineRequest:
@@ -65,21 +75,32 @@ class Simulation:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.pool = SlotPool(setup.num_slots)
-        self.scheduler = Scheduler(
+        self.cache = StateCache(
             self.pool,
+            setup.paragraph_len,
+            SEED if setup.has_cache else None,
+            min_snapshot_tokens=setup.min_snapshot_tokens,
+            max_ghosts=setup.max_ghosts,
+        )
+        self.scheduler = Scheduler(
+            self.cache,
             setup.limits(setup.extra_batch_tokens, setup.decode_first),
             max_batch_size=setup.max_batch_size,
-            paragraph_len=setup.paragraph_len,
         )
         self.model = HashModel(setup.bad_every)
         self.tracked: dict[int, Tracked] = {}
         self.in_flight: deque[StepPlan] = deque()
-        self.used: dict[int, SlotRef] = {}  # the slot each sequence was given
+        self.salts: dict[SlotRef, str] = {}  # of whoever wrote the slot
+        # The state, token count and salt that a page of this digest must have.
+        self.states: dict[bytes, tuple[int, int, str]] = {}
+        self.num_hits = 0
+        self.num_forks = 0  # rows that left the slot they read to others
 
     def add(self, request: EngineRequest) -> Tracked:
         seq = Sequence(len(self.tracked), request, request.sampling.max_tokens)
         tracked = Tracked(seq, oracle(request, bad_every=self.setup.bad_every))
         self.tracked[seq.seq_id] = tracked
+        self._file_states(tracked)
         self.scheduler.add(seq)
         self.check()
         return tracked
@@ -93,6 +114,10 @@ class Simulation:
         prefilling = [tracked for tracked in self.tracked.values() if self._is_prefilling(tracked)]
         can_admit = bool(waiting) and self._num_running < self.setup.max_batch_size
         can_admit = can_admit and self._num_running < self.setup.num_slots
+        if self.setup.has_cache:
+            # A prompt may wait for a snapshot; a slot may be a snapshot that is in flight.
+            is_held_up = bool(self.in_flight) or all(map(self._has_companion, waiting))
+            can_admit = can_admit and not is_held_up
         plan = self.scheduler.plan()
         if plan is None:
             assert not decoding, "nothing planned beside a runnable decode row"
@@ -102,6 +127,7 @@ class Simulation:
             self._check_plan(plan, waiting, decoding)
             has_prefill = any(row.tokens is not None for row in plan.rows)
             assert has_prefill or not (prefilling or can_admit), "prefill starves"
+            assert self.setup.has_cache or self.num_forks == 0, "a page moved for nothing"
             self.in_flight.append(plan)
         self.check()
         return plan
@@ -121,9 +147,9 @@ class Simulation:
         if not alive:
             return
         seq = alive[index % len(alive)]
-        num_free, had_slot = self.pool.num_free, seq.slot is not None
+        num_available, num_held = self.cache.num_available, (seq.slot is not None) + len(seq.frozen)
         self.scheduler.finish(seq, FinishReason.ABORT)
-        assert self.pool.num_free == num_free + had_slot, "an abort left its slot in use"
+        assert self.cache.num_available == num_available + num_held, "an abort left its slot in use"
         self.check()
 
     def reconfigure(self, extra_batch_tokens: int, decode_first: bool) -> None:
@@ -149,7 +175,7 @@ class Simulation:
                 found = Answer(tuple(tracked.tokens), seq.finish_reason or FinishReason.ABORT)
                 assert found == tracked.answer, f"{seq.seq_id}: {found} is not {tracked.answer}"
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
-        assert self.pool.num_free == self.setup.num_slots, "a slot leaked"
+        assert self.cache.num_available == self.setup.num_slots, "a slot leaked"
         assert self.scheduler.num_admissible == min(
             self.setup.num_slots, self.setup.max_batch_size
         ), "a seat leaked"
@@ -157,14 +183,48 @@ class Simulation:
 
     def check(self) -> None:
         self.scheduler.check()
-        for seq_id, slot in self.used.items():
-            is_live = not self.tracked[seq_id].seq.is_finished
-            assert self.pool.is_current(slot) == is_live, f"{slot} of {seq_id}: {is_live=}"
+        alive = [tracked for tracked in self.tracked.values() if not tracked.seq.is_finished]
+        for tracked in alive:
+            assert tracked.dst is None or self.pool.is_current(tracked.dst), "a slot in use is free"
+        pages = list(self.cache.index.victims())
+        num_pages = len(pages) + sum(len(tracked.seq.frozen) for tracked in alive)
+        num_used = self.pool.num_slots - self.pool.num_free
+        assert num_used == self._num_running + num_pages, (
+            f"{num_used} slots used by {self._num_running} sequences and {num_pages} snapshots"
+        )
+        for page in pages:
+            written = self.model.pages.get(page.slot.slot)
+            assert written is not None, f"a page of {page.num_tokens} tokens is not written yet"
+            assert written.generation == page.slot.generation, "a stale slot is indexed"
+            state, num_tokens, salt = self.states[page.digest]
+            assert (written.state, page.num_tokens) == (state, num_tokens), (
+                f"the page of {page.num_tokens} tokens holds the state after others"
+            )
+            assert self.salts[page.slot] == salt, "a page is filed under another's salt"
+            assert page.num_tokens % self.setup.paragraph_len == 0, "a page is off the grid"
 
     def run(self, operations: Iterable[Callable[[Simulation], None]]) -> None:
         for operation in operations:
             operation(self)
         self.drain()
+
+    def _file_states(self, tracked: Tracked) -> None:
+        """Note what the pages of this sequence's whole paragraphs must hold, known tokens only."""
+        salt, length = tracked.request.cache_salt, self.setup.paragraph_len
+        tokens = (*tracked.request.prompt_ids, *tracked.tokens)
+        if not tracked.chain:
+            tracked.chain.append(root(SEED, salt))
+            self.states[tracked.chain[0]] = (0, 0, salt)
+        while (end := len(tracked.chain) * length) <= len(tokens):
+            paragraph = tokens[end - length : end]
+            state = self.states[tracked.chain[-1]][0]
+            for token in paragraph:
+                state = feed(state, token)
+            tracked.chain.append(link(tracked.chain[-1], paragraph))
+            expected = (state, end, salt)
+            assert self.states.setdefault(tracked.chain[-1], expected) == expected, (
+                "two texts have one digest"
+            )
 
     @property
     def _num_running(self) -> int:
@@ -190,7 +250,8 @@ class Simulation:
         ):
             assert len(set(values)) == len(values), f"two rows share a {name}: {values}"
         for row in rows:
-            self._check_row(row, {other.src for other in rows if other is not row})
+            self._check_pages(row, {other.src.slot for other in rows if other is not row})
+            self._check_row(row)
         planned = {row.seq_id for row in rows}
         for tracked in decoding:
             tracked.num_skipped = 0 if tracked.seq.seq_id in planned else tracked.num_skipped + 1
@@ -198,15 +259,45 @@ class Simulation:
             assert tracked.num_skipped <= most, f"decode of {tracked.seq.seq_id} starves"
         self._check_admission_order(planned, waiting)
 
-    def _check_row(self, row: Row, other_srcs: set[tuple[int, int]]) -> None:
+    def _check_pages(self, row: Row, other_srcs: set[int]) -> None:
+        """Rows of one plan run in no order; those of different plans do."""
         tracked = self.tracked[row.seq_id]
-        prompt, length = tracked.request.prompt_ids, self.setup.paragraph_len
-        assert not tracked.seq.is_finished, f"a row for {row.seq_id}, which has ended"
         assert row.dst.slot != ZERO_SLOT, "a row writes the zero page"
         assert self.pool.is_current(row.dst), f"{row.dst} is not live"
         assert not self.pool.is_frozen(row.dst), f"{row.dst} is frozen"
-        assert self.used.setdefault(row.seq_id, row.dst) == row.dst, f"{row.seq_id} moved its page"
-        assert row.dst not in other_srcs, f"{row.dst} is read by another row"
+        assert row.dst.slot not in other_srcs, f"{row.dst} is read by another row"
+        if tracked.num_fed == 0:
+            self._check_origin(tracked, row)
+        else:
+            assert row.src == tracked.dst, f"{row.seq_id} reads {row.src}, not what it wrote"
+        if row.src != row.dst and tracked.num_fed > 0:
+            assert tracked.num_fed % self.setup.paragraph_len == 0, "a snapshot off the grid"
+            assert not self.pool.is_current(row.src) or self.pool.is_frozen(row.src), (
+                f"{row.src} was left but can be written"
+            )
+            self.num_forks += 1
+        tracked.dst = row.dst
+        self.salts[row.dst] = tracked.request.cache_salt
+
+    def _check_origin(self, tracked: Tracked, row: Row) -> None:
+        """The first row: from nothing, or from a snapshot of the same tenant on the grid."""
+        assert row.position == tracked.seq.num_cached_tokens, "the count of cached tokens is wrong"
+        assert row.position < len(tracked.request.prompt_ids), "nothing is left to give logits"
+        tracked.num_fed = tracked.num_cached = row.position
+        if row.position == 0:
+            assert row.src == self.pool.zero, f"{row.seq_id} begins from {row.src}"
+            return
+        assert self.setup.has_cache, "a hit without a cache"
+        assert self.salts[row.src] == tracked.request.cache_salt, "a page of another salt is read"
+        is_taken_over = row.src.slot == row.dst.slot
+        assert is_taken_over or self.pool.is_frozen(row.src), f"{row.src} can be written"
+        self.num_hits += 1
+
+    def _check_row(self, row: Row) -> None:
+        tracked = self.tracked[row.seq_id]
+        prompt, length = tracked.request.prompt_ids, self.setup.paragraph_len
+        assert not tracked.seq.is_finished, f"a row for {row.seq_id}, which has ended"
+        assert row.position == tracked.num_fed, f"{row.seq_id} goes on at {row.position}"
         end = tracked.num_fed + row.num_tokens
         assert row.num_tokens > 0, "an empty row"
         if row.tokens is None:
@@ -221,10 +312,17 @@ class Simulation:
         tracked.num_draws += row.sample
 
     def _check_admission_order(self, planned: set[int], waiting: list[Tracked]) -> None:
-        ranks = [(-tracked.request.priority, tracked.seq.seq_id) for tracked in waiting]
-        came_in = [rank for rank in ranks if rank[1] in planned]
-        assert came_in == [] or max(came_in) == sorted(ranks)[len(came_in) - 1], (
-            f"admitted {came_in} out of {ranks}"
+        """Nobody is passed by but a prompt that begins like one being computed."""
+        ranked = sorted(waiting, key=lambda tracked: tracked.seq.waiting_order)
+        came_in = [tracked.seq.seq_id in planned for tracked in ranked]
+        last = max((place for place, came in enumerate(came_in) if came), default=0)
+        for tracked, came in zip(ranked[:last], came_in, strict=False):
+            assert came or self._has_companion(tracked), f"{tracked.seq.seq_id} was passed by"
+
+    def _has_companion(self, tracked: Tracked) -> bool:
+        return len(tracked.chain) > 1 and any(
+            other.num_fed > 0 and not other.seq.is_finished and tracked.chain[1] in other.chain
+            for other in self.tracked.values()
         )
 
     def _take(self, plan: StepPlan, result: StepResult, progress: list[Progress]) -> None:
@@ -241,6 +339,7 @@ class Simulation:
                 continue
             place = len(tracked.tokens)
             tracked.tokens.append(one.token_id)
+            self._file_states(tracked)
             expected = tracked.answer.token_ids
             assert place < len(expected), f"{one.seq.seq_id} goes on after its end"
             assert one.token_id == expected[place], f"token {place} of {one.seq.seq_id} is wrong"

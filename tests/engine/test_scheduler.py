@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, settings, target
 
 from engine.scheduler import DECODE_INTERVAL, Scheduler
 from engine.sequence import Sequence
+from engine.state.cache import StateCache
 from engine.state.pool import SlotPool
 from engine.types import EngineRequest, FinishReason, LiveLimits, SamplingParams
 from tests.engine.scripts import Operation, scripts, setups
@@ -24,7 +25,10 @@ def test_every_request_equals_its_run_alone(setup: Setup, script: list[Operation
 @settings(max_examples=10_000)
 @given(setup=setups(), script=scripts(max_size=80))
 def test_every_request_equals_its_run_alone_deep(setup: Setup, script: list[Operation]) -> None:
-    Simulation(setup).run(script)
+    simulation = Simulation(setup)
+    simulation.run(script)
+    target(float(simulation.num_hits), label="hits")
+    target(float(simulation.num_forks), label="forks")
 
 
 def ask(
@@ -182,13 +186,17 @@ def limits(max_batch_tokens: int) -> LiveLimits:
     )
 
 
+def make_scheduler(live: LiveLimits) -> Scheduler:
+    return Scheduler(StateCache(SlotPool(1), 4, None), live, max_batch_size=8)
+
+
 def test_a_budget_too_small_for_a_paragraph_beside_a_full_batch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"max_batch_tokens = 11: must be at least .* = 12"):
-        Scheduler(SlotPool(1), limits(11), max_batch_size=8, paragraph_len=4)
+        make_scheduler(limits(11))
 
 
 def test_refused_limits_leave_the_old_ones_in_force() -> None:
-    scheduler = Scheduler(SlotPool(1), limits(12), max_batch_size=8, paragraph_len=4)
+    scheduler = make_scheduler(limits(12))
     with pytest.raises(ValueError, match="max_batch_tokens = 1:"):
         scheduler.reconfigure(limits(1))
     assert scheduler.limits == limits(12)
@@ -196,11 +204,13 @@ def test_refused_limits_leave_the_old_ones_in_force() -> None:
 
 def test_sizes_below_one_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="paragraph_len = 0"):
-        Scheduler(SlotPool(1), limits(12), max_batch_size=8, paragraph_len=0)
+        StateCache(SlotPool(1), 0, None)
+    with pytest.raises(ValueError, match="max_batch_size = 0"):
+        Scheduler(StateCache(SlotPool(1), 4, None), limits(12), max_batch_size=0)
 
 
 def test_a_sequence_cannot_finish_twice() -> None:
-    scheduler = Scheduler(SlotPool(1), limits(12), max_batch_size=8, paragraph_len=4)
+    scheduler = make_scheduler(limits(12))
     seq = Sequence(0, ask(1), 1)
     scheduler.add(seq)
     scheduler.finish(seq, FinishReason.ABORT)

@@ -1,0 +1,61 @@
+"""PrefillOwners: who is computing which beginning of a prompt. Knows neither slots nor pages.
+
+Prompts with a common beginning that arrive together compute it once: the first computes, the
+others wait for the snapshot that it is asked to leave where they part from it.
+"""
+
+from __future__ import annotations
+
+from engine.sequence import Awaited, Sequence, SequenceStatus
+
+
+class PrefillOwners:
+    """Links of the prompts of running sequences, each with one sequence that comes by there."""
+
+    def __init__(self, paragraph_len: int) -> None:
+        self._paragraph_len = paragraph_len
+        self._owners: dict[bytes, Sequence] = {}
+
+    def add(self, seq: Sequence) -> None:
+        """A sequence begins; links that another is still to pass stay with that one."""
+        for depth in range(seq.num_cached_tokens // self._paragraph_len + 1, len(seq.chain)):
+            owner = self._owners.get(seq.chain[depth])
+            if owner is None or not _may_leave(owner, depth * self._paragraph_len):
+                self._owners[seq.chain[depth]] = seq
+
+    def remove(self, seq: Sequence) -> None:
+        for digest in seq.chain:
+            if self._owners.get(digest) is seq:
+                del self._owners[digest]
+
+    def ask(self, seq: Sequence, least: int) -> Awaited | None:
+        """Who will pass the deepest boundary of this prompt, at `least` tokens or beyond.
+
+        That one is asked to leave a snapshot there.
+        """
+        for depth in range((seq.num_prompt_tokens - 1) // self._paragraph_len, 0, -1):
+            boundary = depth * self._paragraph_len
+            if boundary < least:
+                break
+            owner = self._owners.get(seq.chain[depth])
+            if owner is not None and _may_leave(owner, boundary):
+                owner.stops.add(boundary)
+                return Awaited(owner, boundary)
+        return None
+
+    def check(self, running: list[Sequence]) -> None:
+        """Raise AssertionError if any invariant is broken."""
+        gone = {seq.seq_id for seq in self._owners.values()} - {seq.seq_id for seq in running}
+        assert not gone, f"sequences {gone} have ended and still own a beginning"
+
+
+def is_awaiting(seq: Sequence) -> bool:
+    """What the sequence waits to begin from is still to come."""
+    return seq.awaited is not None and _may_leave(seq.awaited.owner, seq.awaited.num_tokens)
+
+
+def _may_leave(owner: Sequence, num_tokens: int) -> bool:
+    """The snapshot after `num_tokens` tokens of its prompt is still to come from this sequence."""
+    is_ahead = num_tokens >= owner.num_planned
+    is_left = any(frozen.num_tokens == num_tokens for frozen in owner.frozen)
+    return owner.status is SequenceStatus.RUNNING and (is_ahead or is_left)
