@@ -83,6 +83,16 @@ class ModelTable:
     max_waiting: Annotated[
         PositiveInt, Key("(new) requests that may wait; more are refused with 429", reload="live")
     ] = 256
+    num_state_slots: Annotated[
+        NonNegativeInt,
+        Key(
+            "(new) states in device memory, of running sequences and snapshots together;"
+            " 0 = 2 * max_batch_size, or max_batch_size with enable_prefix_cache = false"
+        ),
+    ] = 0
+    enable_prefix_cache: Annotated[
+        bool, Key("(new) leave snapshots of states and begin prompts from them")
+    ] = True
     template: Annotated[
         Literal["g1", "rwkv-rs"], Key("(new) how chat messages become a prompt", reload="live")
     ] = "g1"
@@ -97,10 +107,18 @@ class ModelTable:
         if 0 < self.max_batch_tokens < least:
             reason = f"must be 0 or at least max_batch_size + paragraph_len = {least}"
             raise ConfigError(reason, key="max_batch_tokens", value=self.max_batch_tokens)
+        if 0 < self.num_state_slots < self.max_batch_size:
+            reason = f"must be 0 or at least max_batch_size = {self.max_batch_size}"
+            raise ConfigError(reason, key="num_state_slots", value=self.num_state_slots)
 
     @property
     def resolved_max_batch_tokens(self) -> int:
         return self.max_batch_tokens or self.max_batch_size + 2 * self.paragraph_len
+
+    @property
+    def resolved_num_state_slots(self) -> int:
+        num_each = 2 if self.enable_prefix_cache else 1  # one to run in, one for a snapshot
+        return self.num_state_slots or num_each * self.max_batch_size
 
 
 def _check_weights(path: Path | None, load_format: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Sequence
+from hashlib import blake2b
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -55,7 +56,7 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
         wkv_dtype="float64" if dtype == torch.float64 else "float32",
         shift_dtype=str(dtype).removeprefix("torch."),
     )
-    num_slots = table.max_batch_size
+    num_slots = table.resolved_num_state_slots
     storage = StateStorage(layout, num_slots, device)
     sampler = Sampler(
         num_seats=table.max_batch_size,
@@ -65,6 +66,10 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
     num_threads = table.num_threads or max(1, (os.cpu_count() or 1) - 1)
     runner = ModelRunner(model, storage, sampler, table.max_batch_size, num_threads)
     _warm_up(runner)
+    model_fingerprint = fingerprint(model)
+    cache_seed = None
+    if table.enable_prefix_cache:
+        cache_seed = seed_of(model_fingerprint, layout, tokenizer)
     info = ModelInfo(
         model_name=table.model_name,
         num_parameters=sum(p.numel() for p in model.parameters()),
@@ -74,13 +79,23 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
         num_slots=num_slots,
         page_bytes=layout.page_bytes,
         vocab_size=model.dims.vocab_size,
-        fingerprint=fingerprint(model),
+        fingerprint=model_fingerprint,
         max_batch_size=table.max_batch_size,
         max_batch_tokens=table.resolved_max_batch_tokens,
         paragraph_len=table.paragraph_len,
         max_context_len=table.max_context_len,
     )
-    return EngineCore(info, tokenizer, runner, limits_of(table), stats)
+    limits = limits_of(table)
+    return EngineCore(info, tokenizer, runner, limits, stats, cache_seed=cache_seed)
+
+
+def seed_of(model_fingerprint: str, layout: PageLayout, tokenizer: Tokenizer) -> bytes:
+    """What a state depends on besides tokens, as 32 bytes.
+
+    The chat template is not in it: it shows in the tokens, and equal tokens give equal states.
+    """
+    parts = (model_fingerprint, repr(layout), tokenizer.fingerprint)
+    return blake2b("\n".join(parts).encode(), digest_size=32).digest()
 
 
 def pick_device(table: ModelTable) -> torch.device:

@@ -45,6 +45,8 @@ LINES = {
     'dtype = "float64"': "rebuild",
     'load_format = "dummy"': "rebuild",
     "num_threads = 2": "rebuild",
+    "num_state_slots = 9": "rebuild",
+    "enable_prefix_cache = false": "rebuild",
     "max_waiting = 3\nmax_batch_size = 5": "rebuild",
     "max_waiting = 256": "unchanged",  # the default, written out
 }

@@ -128,6 +128,7 @@ INFER_ERRORS = {
     "device_ids = [0, 1]": "device_ids = [0, 1]: name one device, such as [0]: several devices",
     "device_ids = [-1]": "device_ids[0] = -1: expected `int` >= 0",
     "device_ids = 0": "device_ids = 0: expected an array, got `int`",
+    "num_state_slots = 3": "num_state_slots = 3: must be 0 or at least max_batch_size = 4",
     "max_batch_tokens = 259": "max_batch_tokens = 259: must be 0 or at least max_batch_size + "
     "paragraph_len = 260",
     "max_context_len = -1": "max_context_len = -1: expected `int` >= 0",

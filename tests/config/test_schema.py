@@ -76,6 +76,24 @@ def test_max_batch_tokens_0_means_two_paragraphs_and_all_sequences(limit: int) -
 
 
 @pytest.mark.parametrize(
+    ("num_state_slots", "is_cached", "expected"), [(0, True, 8), (0, False, 4), (5, True, 5)]
+)
+def test_num_state_slots_0_means_a_snapshot_beside_each_sequence(
+    num_state_slots: int, is_cached: bool, expected: int
+) -> None:
+    table = ModelTable(
+        model=model(),
+        model_name="a",
+        model_cfg="m",
+        tokenizer_vocab_path="v",
+        load_format="dummy",
+        num_state_slots=num_state_slots,
+        enable_prefix_cache=is_cached,
+    )
+    assert table.resolved_num_state_slots == expected
+
+
+@pytest.mark.parametrize(
     ("text", "address"),
     [
         ("0.0.0.0:8080", BindAddress(host="0.0.0.0", port=8080)),
