@@ -186,6 +186,8 @@ class Scheduler:
                 break
             del self._waiting[num_passed]
             starts.append(self._start(seq))
+            for other in self._waiting[num_passed : num_passed + len(self._free_seats)]:
+                self.cache.must_wait(other)  # it may ask for a snapshot where this row must end
             rows.append(self._row(seq, self._chunk_len(seq, budget), is_decode=False))
             budget -= rows[-1].num_tokens
         return rows, starts

@@ -33,6 +33,9 @@ class PrefillOwners:
 
         That one is asked to leave a snapshot there.
         """
+        first = -(-least // self._paragraph_len)
+        if first >= len(seq.chain) or seq.chain[first] not in self._owners:
+            return None  # most prompts: whoever owns a deeper link owns this one
         for depth in range((seq.num_prompt_tokens - 1) // self._paragraph_len, 0, -1):
             boundary = depth * self._paragraph_len
             if boundary < least:

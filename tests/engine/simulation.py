@@ -94,7 +94,7 @@ class Simulation:
         # The state, token count and salt that a page of this digest must have.
         self.states: dict[bytes, tuple[int, int, str]] = {}
         self.num_hits = 0
-        self.num_forks = 0  # rows that left the slot they read to others
+        self.num_forks = 0  # rows that left the slot they stood on as a snapshot
 
     def add(self, request: EngineRequest) -> Tracked:
         seq = Sequence(len(self.tracked), request, request.sampling.max_tokens)
@@ -270,14 +270,17 @@ class Simulation:
             self._check_origin(tracked, row)
         else:
             assert row.src == tracked.dst, f"{row.seq_id} reads {row.src}, not what it wrote"
-        if row.src != row.dst and tracked.num_fed > 0:
+            self._check_fork(tracked, row)
+        tracked.dst = row.dst
+        self.salts[row.dst] = tracked.request.cache_salt
+
+    def _check_fork(self, tracked: Tracked, row: Row) -> None:
+        if row.src != row.dst:
             assert tracked.num_fed % self.setup.paragraph_len == 0, "a snapshot off the grid"
             assert not self.pool.is_current(row.src) or self.pool.is_frozen(row.src), (
                 f"{row.src} was left but can be written"
             )
             self.num_forks += 1
-        tracked.dst = row.dst
-        self.salts[row.dst] = tracked.request.cache_salt
 
     def _check_origin(self, tracked: Tracked, row: Row) -> None:
         """The first row: from nothing, or from a snapshot of the same tenant on the grid."""
