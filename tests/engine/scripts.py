@@ -99,7 +99,7 @@ def prompts() -> st.SearchStrategy[tuple[int, ...]]:
     shared = st.builds(
         lambda first, length, rest: (*range(first, first + length), *rest),
         first=st.integers(0, 1),
-        length=st.integers(1, 24),
+        length=st.integers(1, 40),
         rest=st.lists(st.integers(0, 2), max_size=6),
     )
     return st.one_of(alone, shared, shared, shared)

@@ -14,6 +14,7 @@ import pytest
 from engine.plan import ZERO_SLOT, Row, SeatStart, SlotRef, StepPlan, StepResult
 from engine.scheduler import Progress, Scheduler
 from engine.sequence import Sequence
+from engine.state.cache import StateCache
 from engine.state.pool import SlotPool
 from engine.types import FinishReason
 from tests.engine.simulation import Simulation
@@ -27,20 +28,24 @@ Bug = Callable[[Patch], None]
 
 
 def new_sequence_reads_its_slot_instead_of_the_zero_page(patch: Patch) -> None:
-    def pages(self: Scheduler, seq: Sequence) -> tuple[SlotRef, SlotRef]:
-        assert seq.slot is not None
-        is_fresh = seq.slot.generation == 0 and seq.num_planned == 0  # that one would be noticed
-        return (self.pool.zero if is_fresh else seq.slot), seq.slot
+    advance = StateCache.advance
 
-    patch.setattr(Scheduler, "_pages", pages)
+    def own(self: StateCache, seq: Sequence) -> tuple[SlotRef, SlotRef]:
+        src, dst = advance(self, seq)
+        is_fresh = dst.generation == 0  # that one would be noticed
+        return (src if src.slot != ZERO_SLOT or is_fresh else dst), dst
+
+    patch.setattr(StateCache, "advance", own)
 
 
 def second_chunk_reads_the_zero_page_again(patch: Patch) -> None:
-    def pages(self: Scheduler, seq: Sequence) -> tuple[SlotRef, SlotRef]:
-        assert seq.slot is not None
-        return (self.pool.zero if seq.needs_prefill else seq.slot), seq.slot
+    advance = StateCache.advance
 
-    patch.setattr(Scheduler, "_pages", pages)
+    def zero(self: StateCache, seq: Sequence) -> tuple[SlotRef, SlotRef]:
+        src, dst = advance(self, seq)
+        return (self.pool.zero if seq.needs_prefill else src), dst
+
+    patch.setattr(StateCache, "advance", zero)
 
 
 def page_is_reset_at_once_instead_of_in_the_plan(patch: Patch) -> None:
@@ -117,7 +122,7 @@ def abort_leaks_its_slot(patch: Patch) -> None:
         self: Scheduler, seq: Sequence, reason: FinishReason, error: str | None = None
     ) -> None:
         if reason is FinishReason.ABORT and seq.slot is not None:
-            self.pool.retain(seq.slot)
+            self.cache.pool.retain(seq.slot)
         finish(self, seq, reason, error)
 
     patch.setattr(Scheduler, "finish", leaky)
@@ -130,7 +135,7 @@ def slot_is_released_when_the_last_row_is_planned(patch: Patch) -> None:
     def row(self: Scheduler, seq: Sequence, num_tokens: int, *, is_decode: bool) -> Row:
         made = row_of(self, seq, num_tokens, is_decode=is_decode)
         if seq.num_planned == seq.num_prompt_tokens + seq.max_tokens - 1:
-            release(self.pool, made.dst)
+            release(self.cache.pool, made.dst)
         return made
 
     def release_once(self: SlotPool, ref: SlotRef) -> None:
@@ -159,14 +164,14 @@ def reused_seat_is_not_started(patch: Patch) -> None:
 
 
 def start_carries_the_sampling_of_another(patch: Patch) -> None:
-    admit = Scheduler._admit
+    start_of = Scheduler._start
 
     def mixed_up(self: Scheduler, seq: Sequence) -> SeatStart:
-        start = admit(self, seq)
+        start = start_of(self, seq)
         first = next(iter(self._running.values()))
         return replace(start, sampling=first.request.sampling)
 
-    patch.setattr(Scheduler, "_admit", mixed_up)
+    patch.setattr(Scheduler, "_start", mixed_up)
 
 
 def seat_is_not_given_back(patch: Patch) -> None:
@@ -181,14 +186,14 @@ def seat_is_not_given_back(patch: Patch) -> None:
 
 
 def two_sequences_get_one_seat(patch: Patch) -> None:
-    admit = Scheduler._admit
+    start_of = Scheduler._start
 
     def crowded(self: Scheduler, seq: Sequence) -> SeatStart:
-        start = admit(self, seq)
+        start = start_of(self, seq)
         self._free_seats.append(start.seat)
         return start
 
-    patch.setattr(Scheduler, "_admit", crowded)
+    patch.setattr(Scheduler, "_start", crowded)
     patch.setattr(Scheduler, "check", lambda self: None)
 
 

@@ -187,6 +187,12 @@ class Simulation:
         for tracked in alive:
             assert tracked.dst is None or self.pool.is_current(tracked.dst), "a slot in use is free"
         pages = list(self.cache.index.victims())
+        indexed = {page.slot for page in pages}
+        for tracked in self.tracked.values():
+            is_kept = not tracked.seq.is_finished or tracked.dst in indexed
+            assert tracked.dst is None or is_kept or not self.pool.is_current(tracked.dst), (
+                f"{tracked.dst} of {tracked.seq.seq_id}, which has ended, is in use"
+            )
         num_pages = len(pages) + sum(len(tracked.seq.frozen) for tracked in alive)
         num_used = self.pool.num_slots - self.pool.num_free
         assert num_used == self._num_running + num_pages, (
@@ -196,6 +202,7 @@ class Simulation:
             written = self.model.pages.get(page.slot.slot)
             assert written is not None, f"a page of {page.num_tokens} tokens is not written yet"
             assert written.generation == page.slot.generation, "a stale slot is indexed"
+            assert page.digest in self.states, "a page of a text that nobody asked for"
             state, num_tokens, salt = self.states[page.digest]
             assert (written.state, page.num_tokens) == (state, num_tokens), (
                 f"the page of {page.num_tokens} tokens holds the state after others"
@@ -291,6 +298,7 @@ class Simulation:
             assert row.src == self.pool.zero, f"{row.seq_id} begins from {row.src}"
             return
         assert self.setup.has_cache, "a hit without a cache"
+        assert row.src in self.salts, f"{row.seq_id} begins from {row.src}, which nobody wrote"
         assert self.salts[row.src] == tracked.request.cache_salt, "a page of another salt is read"
         is_taken_over = row.src.slot == row.dst.slot
         assert is_taken_over or self.pool.is_frozen(row.src), f"{row.src} can be written"
@@ -339,6 +347,8 @@ class Simulation:
             if one.token_id is None:
                 assert one.seq.finish_reason is FinishReason.ERROR
                 assert one.seq.error, "an error without words"
+                suspects = [self.cache.index.get(digest) for digest in tracked.chain]
+                assert not any(suspects), "what led to bad logits can still be begun from"
                 continue
             place = len(tracked.tokens)
             tracked.tokens.append(one.token_id)

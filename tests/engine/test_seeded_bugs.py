@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from engine.types import EngineRequest, SamplingParams
 from tests.engine.scripts import Add, Operation, Step, scripts, setups
 from tests.engine.seeded_bugs import BUGS, Bug, Patch
+from tests.engine.seeded_cache_bugs import CACHE_BUGS
 from tests.engine.simulation import Setup, Simulation
 
 
@@ -56,7 +57,7 @@ def check_property(example: Unprinted) -> None:
     Simulation(example.setup).run(example.script)
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.__name__)
+@pytest.mark.parametrize("bug", BUGS + CACHE_BUGS, ids=lambda bug: bug.__name__)
 def test_the_property_finds(bug: Bug, monkeypatch: Patch) -> None:
     bug(monkeypatch)
     with pytest.raises(AssertionError):

@@ -1,0 +1,308 @@
+"""Bugs in the reuse of states, put in on purpose: patches of the state cache and its parts.
+
+The cache's own check is switched off where it would notice at once: the plans, the pages or the
+answers have to show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Tokens
+
+from engine.plan import SlotRef, StepPlan
+from engine.scheduler import Progress, Scheduler
+from engine.sequence import FrozenSlot, Sequence
+from engine.state import cache as cache_module
+from engine.state import owners
+from engine.state.cache import StateCache
+from engine.state.pool import SlotPool
+from engine.state.prefix import Page, PrefixIndex, link, root
+from tests.engine import simulation as simulation_module
+from tests.engine.seeded_bugs import Bug, Patch
+
+
+def without_check(patch: Patch) -> None:
+    patch.setattr(StateCache, "check", lambda self, running: None)
+
+
+# Publishing
+
+
+def page_is_published_when_it_is_planned(patch: Patch) -> None:
+    def publish(self: StateCache, seq: Sequence) -> None:
+        while seq.frozen:
+            self._index(seq, seq.frozen.pop(0))
+
+    patch.setattr(StateCache, "publish", publish)
+
+
+def page_of_a_failed_step_is_published(patch: Patch) -> None:
+    fail_rows = Scheduler._fail_rows
+
+    def fail(self: Scheduler, plan: StepPlan, error: str) -> list[Progress]:
+        for row in plan.rows:
+            seq = self._running.get(row.seq_id)
+            while seq is not None and seq.frozen:
+                self.cache._index(seq, seq.frozen.pop(0))
+        return fail_rows(self, plan, error)
+
+    patch.setattr(Scheduler, "_fail_rows", fail)
+
+
+def page_is_filed_one_paragraph_short(patch: Patch) -> None:
+    index = StateCache._index
+
+    def short(self: StateCache, seq: Sequence, left: FrozenSlot) -> None:
+        num_tokens = max(left.num_tokens - self.paragraph_len, self.paragraph_len)
+        index(self, seq, FrozenSlot(num_tokens, left.slot))
+
+    patch.setattr(StateCache, "_index", short)
+
+
+def slot_with_rows_in_flight_is_kept_at_the_end(patch: Patch) -> None:
+    release = StateCache.release
+
+    def keep(self: StateCache, seq: Sequence) -> None:
+        seq.num_planned = seq.num_computed  # forgets the look-ahead
+        release(self, seq)
+
+    patch.setattr(StateCache, "release", keep)
+
+
+def slot_of_a_failed_row_is_kept_at_the_end(patch: Patch) -> None:
+    release = StateCache.release
+
+    def keep(self: StateCache, seq: Sequence) -> None:
+        seq.num_computed = seq.num_planned
+        if seq.num_computed <= seq.num_prompt_tokens + len(seq.output_ids):
+            seq.finish_reason = None
+        release(self, seq)
+
+    patch.setattr(StateCache, "release", keep)
+
+
+def page_that_led_to_bad_logits_stays(patch: Patch) -> None:
+    patch.setattr(StateCache, "forget", lambda self, seq: None)
+
+
+# Freezing
+
+
+def snapshot_is_written_in_place(patch: Patch) -> None:
+    advance = StateCache.advance
+
+    def in_place(self: StateCache, seq: Sequence) -> tuple[SlotRef, SlotRef]:
+        src, dst = advance(self, seq)
+        if src != dst and any(frozen.slot == src for frozen in seq.frozen):
+            self.pool.release(dst)
+            self.pool.retain(src)
+            self.pool._frozen[src.slot] = False
+            seq.slot = dst = src
+        return src, dst
+
+    patch.setattr(StateCache, "advance", in_place)
+    without_check(patch)
+
+
+def snapshot_is_not_frozen(patch: Patch) -> None:
+    patch.setattr(SlotPool, "freeze", lambda self, ref: None)
+    without_check(patch)
+
+
+def snapshot_is_left_off_the_grid(patch: Patch) -> None:
+    slot_to_go_on = StateCache._slot_to_go_on
+
+    def early(self: StateCache, seq: Sequence) -> SlotRef | None:
+        at = seq.num_planned
+        if self._seed is not None and at > seq.num_prompt_tokens and at % self.paragraph_len == 1:
+            return self.pool.alloc()
+        return slot_to_go_on(self, seq)
+
+    patch.setattr(StateCache, "_slot_to_go_on", early)
+    patch.setattr(StateCache, "publish", lambda self, seq: None)
+    without_check(patch)
+
+
+# Matching
+
+
+def whole_prompt_is_matched(patch: Patch) -> None:
+    match = PrefixIndex.match
+    patch.setattr(
+        PrefixIndex, "match", lambda self, chain, max_tokens: match(self, chain, max_tokens + 1)
+    )
+
+
+def links_are_not_chained(patch: Patch) -> None:
+    def alone(previous: bytes, tokens: Tokens[int]) -> bytes:
+        return link(b"", tokens)
+
+    for module in (cache_module, simulation_module):
+        patch.setattr(module, "link", alone)
+
+
+def links_hold_the_first_token_only(patch: Patch) -> None:
+    def first(previous: bytes, tokens: Tokens[int]) -> bytes:
+        return link(previous, tokens[:1])
+
+    for module in (cache_module, simulation_module):
+        patch.setattr(module, "link", first)
+
+
+def salt_is_ignored(patch: Patch) -> None:
+    for module in (cache_module, simulation_module):
+        patch.setattr(module, "root", lambda seed, salt: root(seed, ""))
+
+
+def hit_begins_from_the_zero_page(patch: Patch) -> None:
+    admit = StateCache.admit
+
+    def from_zero(self: StateCache, seq: Sequence) -> bool:
+        is_admitted = admit(self, seq)
+        seq.origin = self.pool.zero if is_admitted else seq.origin
+        return is_admitted
+
+    patch.setattr(StateCache, "admit", from_zero)
+
+
+def hit_writes_into_the_page_it_reads(patch: Patch) -> None:
+    admit = StateCache.admit
+
+    def in_place(self: StateCache, seq: Sequence) -> bool:
+        is_admitted = admit(self, seq)
+        if is_admitted and seq.origin in self._reading and seq.slot is not None:
+            self.pool.release(seq.slot)
+            self.pool.retain(seq.origin)
+            seq.slot = seq.origin
+        return is_admitted
+
+    patch.setattr(StateCache, "admit", in_place)
+    without_check(patch)
+
+
+def cached_tokens_are_one_paragraph_too_many(patch: Patch) -> None:
+    admit = StateCache.admit
+
+    def generous(self: StateCache, seq: Sequence) -> bool:
+        is_admitted = admit(self, seq)
+        further = seq.num_cached_tokens + self.paragraph_len
+        if is_admitted and seq.num_cached_tokens > 0 and further < seq.num_prompt_tokens:
+            seq.num_cached_tokens = seq.num_planned = seq.num_computed = further
+        return is_admitted
+
+    patch.setattr(StateCache, "admit", generous)
+
+
+# Eviction and release
+
+
+def page_is_evicted_while_the_plan_reads_it(patch: Patch) -> None:
+    patch.setattr(StateCache, "_hold", lambda self, slot: None)
+
+
+def evicted_page_stays_in_the_index(patch: Patch) -> None:
+    def drop(self: StateCache, page: Page) -> None:
+        self.pool.release(page.slot)
+
+    patch.setattr(StateCache, "_drop", drop)
+    without_check(patch)
+
+
+def second_page_of_the_same_text_leaks(patch: Patch) -> None:
+    insert = PrefixIndex.insert
+
+    def insert_or_leak(self: PrefixIndex, page: Page) -> bool:
+        insert(self, page)
+        return True
+
+    patch.setattr(PrefixIndex, "insert", insert_or_leak)
+    without_check(patch)
+
+
+def page_is_released_twice(patch: Patch) -> None:
+    drop = StateCache._drop
+
+    def twice(self: StateCache, page: Page) -> None:
+        drop(self, page)
+        self.pool._free.append(page.slot.slot)
+
+    patch.setattr(StateCache, "_drop", twice)
+    patch.setattr(SlotPool, "check", lambda self: None)
+    without_check(patch)
+
+
+def snapshots_in_flight_leak_at_the_end(patch: Patch) -> None:
+    release = StateCache.release
+
+    def leaky(self: StateCache, seq: Sequence) -> None:
+        seq.frozen.clear()
+        release(self, seq)
+
+    patch.setattr(StateCache, "release", leaky)
+    without_check(patch)
+
+
+def what_a_plan_reads_is_held_for_ever(patch: Patch) -> None:
+    patch.setattr(StateCache, "end_plan", lambda self: self._reading.clear())
+    without_check(patch)
+
+
+# Who goes first
+
+
+def snapshots_keep_new_sequences_out(patch: Patch) -> None:
+    take_slot = StateCache._take_slot
+
+    def only_free(self: StateCache, spare: Page | None = None) -> SlotRef | None:
+        return take_slot(self, spare) if self.pool.num_free else None
+
+    patch.setattr(StateCache, "_take_slot", only_free)
+
+
+def snapshots_take_the_slots_of_those_about_to_begin(patch: Patch) -> None:
+    patch.setattr(StateCache, "begin_plan", lambda self, num_reserved: None)
+
+
+def whoever_waits_outlives_its_owner(patch: Patch) -> None:
+    def may_leave(owner: Sequence, num_tokens: int) -> bool:
+        return num_tokens >= owner.num_planned
+
+    patch.setattr(owners, "_may_leave", may_leave)
+
+
+def sequence_that_shares_nothing_waits(patch: Patch) -> None:
+    must_wait = StateCache.must_wait
+
+    def shy(self: StateCache, seq: Sequence) -> bool:
+        return must_wait(self, seq) or bool(seq.seq_id % 2 and self._num_reserved > 1)
+
+    patch.setattr(StateCache, "must_wait", shy)
+
+
+CACHE_BUGS: list[Bug] = [
+    page_is_published_when_it_is_planned,
+    page_of_a_failed_step_is_published,
+    page_is_filed_one_paragraph_short,
+    slot_with_rows_in_flight_is_kept_at_the_end,
+    slot_of_a_failed_row_is_kept_at_the_end,
+    page_that_led_to_bad_logits_stays,
+    snapshot_is_written_in_place,
+    snapshot_is_not_frozen,
+    snapshot_is_left_off_the_grid,
+    whole_prompt_is_matched,
+    links_are_not_chained,
+    links_hold_the_first_token_only,
+    salt_is_ignored,
+    hit_begins_from_the_zero_page,
+    hit_writes_into_the_page_it_reads,
+    cached_tokens_are_one_paragraph_too_many,
+    page_is_evicted_while_the_plan_reads_it,
+    evicted_page_stays_in_the_index,
+    second_page_of_the_same_text_leaks,
+    page_is_released_twice,
+    snapshots_in_flight_leak_at_the_end,
+    what_a_plan_reads_is_held_for_ever,
+    snapshots_keep_new_sequences_out,
+    snapshots_take_the_slots_of_those_about_to_begin,
+    whoever_waits_outlives_its_owner,
+    sequence_that_shares_nothing_waits,
+]
