@@ -79,6 +79,7 @@ def make_core(
     num_slots: int = 4,
     max_batch_size: int = 4,
     depth: int = 2,
+    cache_seed: bytes | None = None,
 ) -> EngineCore:
     live = live or limits()
     info = ModelInfo(
@@ -96,7 +97,7 @@ def make_core(
         paragraph_len=4,
         max_context_len=live.max_context_len,
     )
-    return EngineCore(info, hash_tokenizer(), runner, live, stats, depth)
+    return EngineCore(info, hash_tokenizer(), runner, live, stats, depth, cache_seed)
 
 
 @asynccontextmanager

@@ -61,15 +61,19 @@ class Commit:
 
 @dataclass(frozen=True)
 class Step:
-    """Fill the pipeline and commit the oldest step, `times` times: the usual rhythm."""
+    """Fill the pipeline and commit the oldest step, `times` times: the usual rhythm.
+
+    With `fails` the last of these steps fails, others in flight behind it.
+    """
 
     times: int
+    fails: bool = False
 
     def __call__(self, simulation: Simulation) -> None:
-        for _ in range(self.times):
+        for rest in reversed(range(self.times)):
             while simulation.plan() is not None:
                 pass
-            simulation.commit()
+            simulation.commit(fails=self.fails and rest == 0)
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ def operations() -> st.SearchStrategy[Operation]:
         st.just(Commit(fails=True)),
         st.builds(Step, st.integers(1, 6)),
         st.builds(Step, st.integers(1, 6)),
+        st.builds(Step, st.integers(1, 4), fails=st.just(True)),
         st.builds(Abort, st.integers(0, 10)),
         st.builds(Reconfigure, st.integers(0, 20), st.booleans()),
     )

@@ -16,6 +16,7 @@ from engine.state import owners
 from engine.state.cache import StateCache
 from engine.state.pool import SlotPool
 from engine.state.prefix import Page, PrefixIndex, link, root
+from engine.types import FinishReason
 from tests.engine import simulation as simulation_module
 from tests.engine.seeded_bugs import Bug, Patch
 
@@ -62,7 +63,7 @@ def slot_with_rows_in_flight_is_kept_at_the_end(patch: Patch) -> None:
     release = StateCache.release
 
     def keep(self: StateCache, seq: Sequence) -> None:
-        seq.num_planned = seq.num_computed  # forgets the look-ahead
+        seq.num_planned = seq.num_computed or seq.num_planned  # forgets the look-ahead
         release(self, seq)
 
     patch.setattr(StateCache, "release", keep)
@@ -72,10 +73,11 @@ def slot_of_a_failed_row_is_kept_at_the_end(patch: Patch) -> None:
     release = StateCache.release
 
     def keep(self: StateCache, seq: Sequence) -> None:
-        seq.num_computed = seq.num_planned
-        if seq.num_computed <= seq.num_prompt_tokens + len(seq.output_ids):
-            seq.finish_reason = None
+        reason = seq.finish_reason
+        if reason is FinishReason.ERROR and seq.num_planned <= seq.num_prompt_tokens:
+            seq.num_computed, seq.finish_reason = seq.num_planned, None
         release(self, seq)
+        seq.finish_reason = reason
 
     patch.setattr(StateCache, "release", keep)
 

@@ -90,7 +90,7 @@ class Simulation:
         self.model = HashModel(setup.bad_every)
         self.tracked: dict[int, Tracked] = {}
         self.in_flight: deque[StepPlan] = deque()
-        self.salts: dict[SlotRef, str] = {}  # of whoever wrote the slot
+        self.writers: dict[SlotRef, Tracked] = {}  # whose rows wrote the slot
         # The state, token count and salt that a page of this digest must have.
         self.states: dict[bytes, tuple[int, int, str]] = {}
         self.num_hits = 0
@@ -118,6 +118,7 @@ class Simulation:
             # A prompt may wait for a snapshot; a slot may be a snapshot that is in flight.
             is_held_up = bool(self.in_flight) or all(map(self._has_companion, waiting))
             can_admit = can_admit and not is_held_up
+        num_forks = self.num_forks
         plan = self.scheduler.plan()
         if plan is None:
             assert not decoding, "nothing planned beside a runnable decode row"
@@ -128,6 +129,11 @@ class Simulation:
             has_prefill = any(row.tokens is not None for row in plan.rows)
             assert has_prefill or not (prefilling or can_admit), "prefill starves"
             assert self.setup.has_cache or self.num_forks == 0, "a page moved for nothing"
+            if self.num_forks > num_forks and self._num_running < self.setup.max_batch_size:
+                passed = [tracked for tracked in waiting if tracked.num_fed == 0]
+                assert self.cache.num_available > 0 or all(map(self._has_companion, passed)), (
+                    "a snapshot took the slot of somebody who could begin"
+                )
             self.in_flight.append(plan)
         self.check()
         return plan
@@ -207,7 +213,8 @@ class Simulation:
             assert (written.state, page.num_tokens) == (state, num_tokens), (
                 f"the page of {page.num_tokens} tokens holds the state after others"
             )
-            assert self.salts[page.slot] == salt, "a page is filed under another's salt"
+            writer = self.writers[page.slot]
+            assert writer.request.cache_salt == salt, "a page is filed under another's salt"
             assert page.num_tokens % self.setup.paragraph_len == 0, "a page is off the grid"
 
     def run(self, operations: Iterable[Callable[[Simulation], None]]) -> None:
@@ -279,7 +286,7 @@ class Simulation:
             assert row.src == tracked.dst, f"{row.seq_id} reads {row.src}, not what it wrote"
             self._check_fork(tracked, row)
         tracked.dst = row.dst
-        self.salts[row.dst] = tracked.request.cache_salt
+        self.writers[row.dst] = tracked
 
     def _check_fork(self, tracked: Tracked, row: Row) -> None:
         if row.src != row.dst:
@@ -298,8 +305,9 @@ class Simulation:
             assert row.src == self.pool.zero, f"{row.seq_id} begins from {row.src}"
             return
         assert self.setup.has_cache, "a hit without a cache"
-        assert row.src in self.salts, f"{row.seq_id} begins from {row.src}, which nobody wrote"
-        assert self.salts[row.src] == tracked.request.cache_salt, "a page of another salt is read"
+        assert row.src in self.writers, f"{row.seq_id} begins from {row.src}, which nobody wrote"
+        salt = self.writers[row.src].request.cache_salt
+        assert salt == tracked.request.cache_salt, "a page of another salt is read"
         is_taken_over = row.src.slot == row.dst.slot
         assert is_taken_over or self.pool.is_frozen(row.src), f"{row.src} can be written"
         self.num_hits += 1
@@ -347,8 +355,11 @@ class Simulation:
             if one.token_id is None:
                 assert one.seq.finish_reason is FinishReason.ERROR
                 assert one.seq.error, "an error without words"
-                suspects = [self.cache.index.get(digest) for digest in tracked.chain]
-                assert not any(suspects), "what led to bad logits can still be begun from"
+                pages = self.cache.index.victims()
+                suspects = [page for page in pages if self.writers[page.slot] is tracked]
+                assert result.error is not None or not suspects, (
+                    "what led to bad logits can still be begun from"
+                )
                 continue
             place = len(tracked.tokens)
             tracked.tokens.append(one.token_id)

@@ -70,6 +70,25 @@ def test_an_empty_prompt_is_refused() -> None:
         check(replace(GOOD, prompt_ids=()))
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("cache_salt", "\ud800", r"cache_salt = '\\ud800': a lone surrogate"),
+        ("snapshot_hints", (0, 99), "snapshot_hints has 99: must be from 0 to"),
+        ("snapshot_hints", (-1,), "snapshot_hints has -1"),
+    ],
+)
+def test_bad_cache_fields_are_refused_by_name(field: str, value: object, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words) as refused:
+        check(replace(GOOD, **{field: value}))  # type: ignore[arg-type]
+    assert refused.value.field == field
+
+
+def test_hints_from_the_beginning_to_the_end_of_the_prompt_are_taken() -> None:
+    num_prompt = len(GOOD.prompt_ids)
+    check(replace(GOOD, snapshot_hints=(0, num_prompt), cache_salt="é"))
+
+
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0, math.nan, math.inf])
 def test_a_deadline_must_be_a_positive_time(timeout_s: float) -> None:
     with pytest.raises(InvalidRequest, match=f"timeout_s = {timeout_s}") as refused:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
-from engine.types import FinishReason
+from engine.types import CacheStats, FinishReason
 from tests.engine.replica import (
     Recorder,
     ask,
+    assert_is_whole,
     deliver_all,
     make_core,
+    read_all,
     running,
     turn,
 )
@@ -46,6 +49,25 @@ async def test_stats_tell_the_times_of_a_finished_request() -> None:
     assert one.prefill_s >= 0.01
     assert one.time_to_first_token_s == pytest.approx(one.queue_s + one.prefill_s)
     assert one.latency_s >= one.time_to_first_token_s
+
+
+async def test_cached_tokens_are_told_to_reader_statistics_and_gauges() -> None:
+    runner, stats = HashRunner(), Recorder()
+    request = ask(prompt_ids=tuple(range(11)), max_tokens=2)
+    async with running(make_core(runner, stats=stats, cache_seed=b"seed")) as core:
+        deltas = []
+        for name in ("first", "again"):
+            stream = core.submit(replace(request, request_id=name))
+            await deliver_all(runner)
+            deltas.append(await read_all(stream))
+        snapshot = core.snapshot()
+    for delta in deltas:
+        assert_is_whole(delta, request)
+    assert [delta.num_cached_tokens for delta in deltas] == [0, 8]
+    assert [one.num_cached_tokens for one in stats.requests] == [0, 8]
+    # Paragraphs of 4: both ended on 12 tokens, which is one snapshot beside that of the prompt.
+    assert snapshot.cache == CacheStats(num_queried_tokens=22, num_hit_tokens=8, num_snapshots=2)
+    assert snapshot.num_free_slots == snapshot.num_slots == 4
 
 
 async def test_stats_of_a_request_that_never_ran_have_no_times() -> None:

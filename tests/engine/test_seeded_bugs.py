@@ -57,6 +57,10 @@ def check_property(example: Unprinted) -> None:
     Simulation(example.setup).run(example.script)
 
 
+def test_the_property_holds_without_a_bug() -> None:
+    check_property()
+
+
 @pytest.mark.parametrize("bug", BUGS + CACHE_BUGS, ids=lambda bug: bug.__name__)
 def test_the_property_finds(bug: Bug, monkeypatch: Patch) -> None:
     bug(monkeypatch)
