@@ -63,7 +63,7 @@ class Sequence:
     stops: set[int] = field(default_factory=set)  # where its prefill is to leave snapshots
     frozen: list[FrozenSlot] = field(default_factory=list)  # left, but not committed; ascending
     turn: Page | None = None  # its newest snapshot from decoding
-    awaited: Awaited | None = None  # what it waits, or has waited, to begin from
+    awaited: Awaited | None = None  # while waiting: what it (has) waited to begin from
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.request.prompt_ids)

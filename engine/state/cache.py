@@ -103,6 +103,7 @@ class StateCache:
         if slot is None:
             return False
         seq.slot, seq.origin = slot, self.pool.zero
+        seq.awaited = None  # or those who waited for each other would keep each other in memory
         if page is not None:
             seq.origin = page.slot
             seq.num_cached_tokens = seq.num_planned = seq.num_computed = page.num_tokens

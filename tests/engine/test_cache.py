@@ -203,6 +203,7 @@ def test_tenants_share_nothing() -> None:
 def test_equal_prompts_that_arrive_together_are_computed_once() -> None:
     simulation = Simulation(SETUP)
     assert serve(simulation, *[ask(*range(11))] * 5) == [0, 8, 8, 8, 8]
+    assert not any(tracked.seq.awaited for tracked in simulation.tracked.values())
 
 
 def test_the_first_of_a_burst_leaves_what_the_others_share_with_it() -> None:
