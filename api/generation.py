@@ -75,7 +75,10 @@ async def accept(
             break  # else it was replaced meanwhile, maybe with another vocabulary
     sampling = body.to_params(prompt.default_stop)
     request = EngineRequest(
-        request_id=f"{id_prefix}-{uuid.uuid4().hex}", prompt_ids=prompt_ids, sampling=sampling
+        request_id=f"{id_prefix}-{uuid.uuid4().hex}",
+        prompt_ids=prompt_ids,
+        sampling=sampling,
+        cache_salt=body.cache_salt or "",
     )
     try:
         stream = replica.client.submit(request)

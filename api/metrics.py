@@ -62,12 +62,31 @@ GAUGES: tuple[tuple[Series, Callable[[Replicas], float]], ...] = (
         lambda replicas: _num_used(replicas) / max(1, _num_slots(replicas)),
     ),
     (
+        Series("snapshots", None, "States kept for prompts that begin alike."),
+        lambda replicas: sum(replica.cache.num_snapshots for replica in replicas),
+    ),
+    (
         Series("replica_up", None, "1 while the replica can compute."),
         lambda replicas: 0 if any(replica.is_dead for replica in replicas) else 1,
     ),
     (
         Series("seconds_since_commit", None, "Age of the step in flight; 0 when idle."),
         lambda replicas: max(replica.seconds_since_commit or 0 for replica in replicas),
+    ),
+)
+# Of the replicas there are: they begin again with a new one, as counters may.
+CACHE_COUNTERS: tuple[tuple[Series, Callable[[Replicas], float]], ...] = (
+    (
+        Series("prefix_cache_queries", "prefix_cache_queries", "Prompt tokens looked up."),
+        lambda replicas: sum(replica.cache.num_queried_tokens for replica in replicas),
+    ),
+    (
+        Series("prefix_cache_hits", "prefix_cache_hits", "Prompt tokens taken from a snapshot."),
+        lambda replicas: sum(replica.cache.num_hit_tokens for replica in replicas),
+    ),
+    (
+        Series("snapshot_evictions", None, "Snapshots given up for room."),
+        lambda replicas: sum(replica.cache.num_evictions for replica in replicas),
     ),
 )
 COUNTERS: tuple[tuple[Series, Callable[[ModelStats], float]], ...] = (
@@ -203,6 +222,12 @@ class Scrape(Collector):
         yield slots
 
     def _counters(self) -> Iterator[Metric]:
+        for series, read_all in CACHE_COUNTERS:
+            for name, labels in series.names(self.prefixes):
+                counter = CounterMetricFamily(name, series.doc, labels=["model_name", *labels])
+                for model_name, replicas in self.snapshots.items():
+                    counter.add_metric([model_name, *labels.values()], read_all(replicas))
+                yield counter
         for series, read in COUNTERS:
             for name, labels in series.names(self.prefixes):
                 counter = CounterMetricFamily(name, series.doc, labels=["model_name", *labels])

@@ -34,6 +34,7 @@ class GenerationBody(SamplingFields, kw_only=True):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    cache_salt: str | None = None  # states are reused only among requests of the same salt
 
     @property
     def has_usage_chunk(self) -> bool:
