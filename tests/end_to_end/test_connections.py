@@ -35,11 +35,12 @@ def test_client_gone_frees_its_slot_within_100_ms(
     """The best of three, since this machine may be busy with other things."""
     times_s = []
     with Poller(server) as poller:
+        num_slots = poller.model()["slots"]
         for _ in range(3):
             sock = start_endless(server, prompt, is_stream=is_stream)
-            poller.seconds_until(running=1, free_slots=31)
+            poller.seconds_until(running=1, free_slots=num_slots - 1)
             sock.close()
-            times_s.append(poller.seconds_until(running=0, free_slots=32))
+            times_s.append(poller.seconds_until(running=0, free_slots=num_slots))
     assert min(times_s) < WITHIN_S, times_s
     assert max(times_s) < 2, times_s
 
@@ -59,7 +60,7 @@ def test_slow_reader_neither_slows_others_nor_grows_memory(server: ServerProcess
         assert poller.model()["running"] == 1, "the slow one still runs"
         assert server.rss_mib() - before_mib < 20
         sock.close()
-        poller.seconds_until(running=0, free_slots=32)
+        poller.seconds_until(running=0, free_slots=poller.model()["slots"])
     assert answer.status == 200
     assert elapsed_s < 20
 
