@@ -105,7 +105,7 @@ class ServerProcess:
 def serving(
     folder: Path, *tables: str, arguments: Sequence[str] = (), **keys: object
 ) -> Iterator[ServerProcess]:
-    """A server on 32 slots (or the given tables) and a free port; killed at the end."""
+    """A server for 32 at once (or the given tables) on a free port; killed at the end."""
     table = model_table(max_batch_size=32, paragraph_len=64, device_type="cpu")
     source = write_config(folder, *(tables or (table,)), **keys)
     given = ["--config-dir", source.config_dir, "--infer-cfg", "test", *arguments]

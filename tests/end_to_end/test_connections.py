@@ -112,7 +112,7 @@ def test_stream_is_well_framed_however_it_is_cut(server: ServerProcess, prompt: 
     assert usage["usage"]["completion_tokens"] == 50
 
 
-def test_40_requests_on_32_slots_all_finish(server: ServerProcess, prompt: str):
+def test_40_requests_on_32_seats_all_finish(server: ServerProcess, prompt: str):
     replies = []
 
     def ask() -> None:

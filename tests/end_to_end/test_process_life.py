@@ -57,18 +57,18 @@ def test_reloads_under_load_fail_no_request(tmp_path: Path):
                 temporary = config_file.with_suffix(".tmp")
                 temporary.write_text(text.replace("max_batch_size = 32", "max_batch_size = 5"))
                 os.replace(temporary, config_file)
-                poller.seconds_until(slots=5, timeout_s=30)
+                poller.seconds_until(max_batch_size=5, timeout_s=30)
                 config_file.write_text(text.replace("max_batch_size = 32", "max_batch_size = 6"))
-                poller.seconds_until(slots=6, timeout_s=30)
+                poller.seconds_until(max_batch_size=6, timeout_s=30)
                 config_file.write_text("max_batch_size = = 6")
                 wait_for_report(server, "rejected")
                 config_file.write_text(text)
-                poller.seconds_until(slots=32, timeout_s=30)
+                poller.seconds_until(max_batch_size=32, timeout_s=30)
                 upsert = {"upsert": [{"model_name": "m", "max_batch_size": 7}]}
                 dry = server.request("POST", "/admin/models/reload", upsert | {"dry_run": True})
-                assert poller.model()["slots"] == 32
+                assert poller.model()["max_batch_size"] == 32
                 wet = server.request("POST", "/admin/models/reload", upsert)
-                assert poller.model()["slots"] == 7
+                assert poller.model()["max_batch_size"] == 7
         finally:
             is_over.set()
             for client in clients:
@@ -147,7 +147,7 @@ def test_unix_socket_overrides_and_interrupt(tmp_path: Path):
     given = ["--http-bind-addr", address, "--set", "max_batch_size=3", "--set", "api_key=sk-set"]
     with serving(tmp_path, arguments=given) as server:
         assert server.address == address
-        assert "3 states" in server.summary
+        assert "6 states" in server.summary  # three to run in, three for snapshots
         for key, status in (("sk-set", 200), ("sk-other", 401)):
             with socket.socket(socket.AF_UNIX) as sock:
                 sock.connect(str(path))
