@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise DatasetError(f"--val-fraction {args.val_fraction}: expected 0 <= x < 1")
             marker = args.marker if args.command == "from-text" else None
             documents = _with_progress(args.files, marker, console)
-            tokenizer = Tokenizer.load(args.vocab)
+            tokenizer = Tokenizer.load(args.vocab, is_bulk=True)
             build(documents, tokenizer, args.prefix, args.val_fraction, args.seed)
             if args.val_fraction:
                 show(args.prefix.with_name(args.prefix.name + "_val"), console)

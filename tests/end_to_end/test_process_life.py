@@ -16,7 +16,6 @@ import pytest
 
 from tests.api.harness import Reply, parse_reply, request_bytes
 from tests.end_to_end.process import (
-    PROJECT,
     Poller,
     ServerProcess,
     completion,
@@ -160,8 +159,6 @@ def test_unix_socket_overrides_and_interrupt(tmp_path: Path):
 
 
 def test_python_m_api_alone_serves_the_embedded_model(tmp_path: Path):
-    if not (PROJECT / "config" / "assets" / "rwkv-lm-tiny.safetensors").is_file():
-        pytest.skip("the embedded model's weights are not in config/assets")
     server = ServerProcess(["--http-bind-addr", "127.0.0.1:0"], tmp_path / "log")
     try:
         body = {
