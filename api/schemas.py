@@ -7,7 +7,7 @@ no schema are ignored, save those of `api.unsupported`, which would change the a
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -19,6 +19,7 @@ from api.sampling import SamplingFields
 from api.unsupported import CHAT, COMPLETIONS, refuse_unsupported
 
 BodyT = TypeVar("BodyT", bound=msgspec.Struct)
+GenerationT = TypeVar("GenerationT", bound="GenerationBody")
 
 PATH_OF_ERROR = re.compile(r"^(?P<what>.*) - at `\$\.?(?P<path>[^`]*)`$", re.DOTALL)
 MAX_TOKEN_ID = 2**31 - 1
@@ -100,20 +101,12 @@ class ReloadBody(msgspec.Struct, kw_only=True):
 
 def parse_chat(data: bytes) -> ChatBody:
     """Raises ApiError 400 that names the first field in the way."""
-    fields = _json_object(data)
-    refuse_unsupported(fields, CHAT)
-    body = _convert(fields, ChatBody)
-    body.check()
-    return body
+    return _parse_generation(data, ChatBody, CHAT)
 
 
 def parse_completion(data: bytes) -> CompletionBody:
     """Raises ApiError 400 that names the first field in the way."""
-    fields = _json_object(data)
-    refuse_unsupported(fields, COMPLETIONS)
-    body = _convert(fields, CompletionBody)
-    body.check()
-    return body
+    return _parse_generation(data, CompletionBody, COMPLETIONS)
 
 
 def parse_reload(data: bytes) -> ReloadBody:
@@ -123,6 +116,16 @@ def parse_reload(data: bytes) -> ReloadBody:
         known = ", ".join(ReloadBody.__struct_fields__)
         raise invalid(f"unknown field {name!r}; known are {known}", param=name)
     return _convert(fields, ReloadBody)
+
+
+def _parse_generation(
+    data: bytes, kind: type[GenerationT], unsupported: Mapping[str, tuple[object, ...]]
+) -> GenerationT:
+    fields = _json_object(data)
+    refuse_unsupported(fields, unsupported)
+    body = _convert(fields, kind)
+    body.check()
+    return body
 
 
 def _json_object(data: bytes) -> dict[str, object]:

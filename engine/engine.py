@@ -38,7 +38,8 @@ from engine.types import (
 def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
     """Load, allocate and warm up one replica. Blocks for as long as the weights take to read.
 
-    The caller starts it on its event loop with `core.start()`. Raises ConfigError or WeightsError.
+    The caller starts it on its event loop with `core.start()`. Raises EngineError:
+    a device, vocabulary or checkpoint that is not there or does not fit.
     """
     device = pick_device(table)
     dtype = pick_dtype(table, device)
