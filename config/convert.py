@@ -33,7 +33,7 @@ def convert_table(table: Mapping[str, object], config_class: type, folder: Path)
     for name, spec in specs.items():
         if name not in given and spec.is_required:
             raise ConfigError(f"missing ({spec.key.doc})", key=name)
-        if name not in given and spec.key.is_path and spec.default is not None:
+        if name not in given and spec.key.is_path and isinstance(spec.default, str | Path):
             given[name] = str(spec.default)
     return {name: convert_value(specs[name], value, folder) for name, value in given.items()}
 
@@ -66,7 +66,9 @@ def convert_value(spec: KeySpec, value: object, folder: Path) -> object:
     reason = _bad_text_or_number(value)
     if reason:
         raise ConfigError(reason, key=spec.name, value=shown_value)
-    if spec.key.is_path and isinstance(value, str) and value not in ("", WORLD_VOCAB):
+    if spec.key.is_path and isinstance(value, list):
+        value = [str(resolve(item, folder)) if isinstance(item, str) else item for item in value]
+    elif spec.key.is_path and isinstance(value, str) and value not in ("", WORLD_VOCAB):
         value = str(resolve(value, folder))
     try:
         return msgspec.convert(value, spec.type, dec_hook=_to_path)

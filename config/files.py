@@ -39,6 +39,8 @@ def model_files(table: ModelTable) -> Iterator[tuple[str, Path]]:
         yield "weights_path", table.weights_path
     if table.tokenizer_vocab_path != WORLD_VOCAB:
         yield "tokenizer_vocab_path", Path(table.tokenizer_vocab_path)
+    for path in table.initial_states:
+        yield "initial_states", path
 
 
 def file_stamps(config: InferConfig) -> dict[Path, FileStamp]:
@@ -60,6 +62,8 @@ def replaced_files(old: Mapping[Path, FileStamp], new: Mapping[Path, FileStamp])
 
 
 def _remedy(key: str) -> str:
+    if key == "initial_states":
+        return "name a .pth of time_state tensors or an exported state, or leave it out"
     if key == "tokenizer_vocab_path":
         return f'"{WORLD_VOCAB}" names the World vocabulary, which needs no file'
     return (

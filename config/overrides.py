@@ -102,6 +102,8 @@ def _fits(spec: KeySpec, text: str, folder: Path) -> bool:
 
 def _absolute(spec: KeySpec, value: object) -> object:
     is_path = spec.key.is_path or (spec.name == "model_cfg" and is_file_name(value))
+    if is_path and isinstance(value, list):
+        return [_absolute(spec, item) for item in value]
     if is_path and isinstance(value, str) and value != WORLD_VOCAB:
         return str(resolve(value, Path.cwd()))
     return value

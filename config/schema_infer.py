@@ -93,6 +93,57 @@ class ModelTable:
     enable_prefix_cache: Annotated[
         bool, Key("(new) leave snapshots of states and begin prompts from them")
     ] = True
+    host_state_mib: Annotated[
+        NonNegativeInt,
+        Key(
+            "(new) MiB of host memory for states beside the device's: snapshots that gave way,"
+            " answers that wait, states that users keep; 0 = none"
+        ),
+    ] = 1024
+    state_dir: Annotated[
+        Path | None,
+        Key(
+            "(new) folder for states on disk, so that they survive a restart; unset = none",
+            is_path=True,
+        ),
+    ] = None
+    disk_state_mib: Annotated[
+        PositiveInt, Key("(new) MiB of states in state_dir; the least recently used go first")
+    ] = 8192
+    state_ttl_s: Annotated[
+        NonNegativeFloat,
+        Key(
+            "(new) seconds that a state kept by a user lasts unless the request says; 0 = until"
+            " it is deleted",
+            reload="live",
+        ),
+    ] = 604_800.0
+    initial_states: Annotated[
+        tuple[Path, ...],
+        Key(
+            "(new) tuned initial states (.pth with time_state tensors, or exported .safetensors);"
+            " requests name them by file name without suffix",
+            is_path=True,
+        ),
+    ] = ()
+    initial_state: Annotated[
+        Name | None, Key("(new) the one of them that requests begin from which name none")
+    ] = None
+    time_slice_tokens: Annotated[
+        NonNegativeInt,
+        Key(
+            "(new) an answer of so many tokens gives way to requests that wait, and comes back;"
+            " 0 = it runs to its end",
+            reload="live",
+        ),
+    ] = 0
+    context_policy: Annotated[
+        Literal["reject", "report"],
+        Key(
+            '(new) beyond max_context_len: refuse and cut ("reject"), or say so in the usage only',
+            reload="live",
+        ),
+    ] = "reject"
     template: Annotated[
         Literal["g1", "rwkv-rs"], Key("(new) how chat messages become a prompt", reload="live")
     ] = "g1"
@@ -110,6 +161,10 @@ class ModelTable:
         if 0 < self.num_state_slots < self.max_batch_size:
             reason = f"must be 0 or at least max_batch_size = {self.max_batch_size}"
             raise ConfigError(reason, key="num_state_slots", value=self.num_state_slots)
+        _check_initial_states(self.initial_states, self.initial_state)
+        if self.state_dir is not None and self.host_state_mib == 0:
+            reason = "states pass through host memory on their way to state_dir; give it some"
+            raise ConfigError(reason, key="host_state_mib", value=0)
 
     @property
     def resolved_max_batch_tokens(self) -> int:
@@ -119,6 +174,18 @@ class ModelTable:
     def resolved_num_state_slots(self) -> int:
         num_each = 2 if self.enable_prefix_cache else 1  # one to run in, one for a snapshot
         return self.num_state_slots or num_each * self.max_batch_size
+
+
+def _check_initial_states(paths: tuple[Path, ...], default: str | None) -> None:
+    names = [path.stem for path in paths]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            reason = f"two files are named {name!r}; requests tell them apart by that name"
+            raise ConfigError(reason, key="initial_states", value=str(paths[index]))
+    if default is not None and default not in names:
+        known = ", ".join(names) or "none"
+        reason = f"is none of initial_states, which has: {known}"
+        raise ConfigError(reason, key="initial_state", value=default)
 
 
 def _check_weights(path: Path | None, load_format: str) -> None:

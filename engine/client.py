@@ -1,7 +1,7 @@
 """What the outside sees of a running engine: submit, read, abort, drain. Plain data only.
 
 `EngineClient` is the seam: today the engine lives in this process, later it may live in one
-process per device behind the same five verbs.
+process per device behind the same verbs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,57 @@ from time import perf_counter
 from typing import Protocol
 
 from engine.tokenizer import Tokenizer
-from engine.types import EngineRequest, EngineSnapshot, LiveLimits, ModelInfo, OutputDelta
+from engine.types import (
+    EngineRequest,
+    EngineSnapshot,
+    LiveLimits,
+    ModelInfo,
+    OutputDelta,
+    StateInfo,
+    StateOptions,
+)
+
+
+class States(Protocol):
+    """The states that users hold, each under an unguessable id and its owner.
+
+    Every verb that takes an id raises StateNotFound where it is unknown, expired or another
+    owner's; which of these is not told.
+    """
+
+    def list(self, owner: str) -> list[StateInfo]:
+        """Newest first."""
+        ...
+
+    def get(self, owner: str, state_id: str) -> StateInfo: ...
+
+    def fork(self, owner: str, state_id: str, options: StateOptions) -> StateInfo:
+        """A second id for the same state; nothing is copied. Raises StatesFull."""
+        ...
+
+    def update(
+        self,
+        owner: str,
+        state_id: str,
+        *,
+        label: str | None = None,
+        is_pinned: bool | None = None,
+        ttl_s: float | None = None,
+    ) -> StateInfo:
+        """Change what is given; `ttl_s` counts from now, math.inf = until it is deleted."""
+        ...
+
+    def delete(self, owner: str, state_id: str) -> None:
+        """Running requests that began from it go on."""
+        ...
+
+    async def export_file(self, owner: str, state_id: str) -> bytes:
+        """The state as a safetensors file (docs/states.md says what is in it)."""
+        ...
+
+    async def import_file(self, owner: str, data: bytes, options: StateOptions) -> StateInfo:
+        """Raises StateMismatch for another model or layout, or a broken file; StatesFull."""
+        ...
 
 
 class EngineClient(Protocol):
@@ -21,10 +71,25 @@ class EngineClient(Protocol):
     def info(self) -> ModelInfo: ...
 
     @property
+    def states(self) -> States: ...
+
+    @property
     def tokenizer(self) -> Tokenizer: ...
 
     def submit(self, request: EngineRequest) -> RequestStream:
         """Queue a request. Raises InvalidRequest, Overloaded, Draining or EngineDead at once."""
+        ...
+
+    def resume(self, resume_id: str, owner: str, request_id: str) -> RequestStream:
+        """Go on with a generation that a graceful stop has suspended; its text goes on too.
+
+        Raises StateNotFound and whatever `submit` raises. Works once: an id that was resumed is
+        used up, unless the engine is stopped again before the end.
+        """
+        ...
+
+    def rescan(self) -> None:
+        """Look for files that another replica has left since the start. Returns at once."""
         ...
 
     def abort(self, request_id: str) -> None:
@@ -49,12 +114,18 @@ class EngineClient(Protocol):
         """Queue a request taken from another replica; its reader notices nothing."""
         ...
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests, let running ones finish; abort what is left. True if none was."""
+    async def drain(self, timeout_s: float, *, suspends: bool = False) -> bool:
+        """Refuse new requests, let running ones finish; abort what is left. True if none was.
+
+        With `suspends`, resumable requests go to the disk at once, where there is one.
+        """
         ...
 
     async def close(self) -> None:
-        """Stop the device thread and give all memory back. Running requests are aborted."""
+        """Stop the device thread and give all memory back. Running requests are aborted.
+
+        Where there is a disk, snapshots worth keeping are written first.
+        """
         ...
 
 
@@ -93,11 +164,20 @@ class RequestStream(AsyncIterator[OutputDelta]):
     async def __anext__(self) -> OutputDelta:
         if self._is_read:
             raise StopAsyncIteration
-        while self._pending is None:
+        while (delta := self.poll()) is None:
             self._wake.clear()
             await self._wake.wait()
+        return delta
+
+    def wake_with(self, event: asyncio.Event) -> None:
+        """From now on set `event` when something comes: for who reads several with `poll`."""
+        self._wake = event
+
+    def poll(self) -> OutputDelta | None:
+        """What has come, without waiting."""
         delta, self._pending = self._pending, None
-        self._is_read = delta.finish_reason is not None
+        if delta is not None:
+            self._is_read = delta.finish_reason is not None
         return delta
 
     async def take(self, timeout_s: float) -> OutputDelta | None:
@@ -136,5 +216,8 @@ class RequestStream(AsyncIterator[OutputDelta]):
 def merge(first: OutputDelta, second: OutputDelta) -> OutputDelta:
     """Both deltas as one; the counters and the ending are the later one's."""
     return replace(
-        second, text=first.text + second.text, token_ids=first.token_ids + second.token_ids
+        second,
+        text=first.text + second.text,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=first.logprobs + second.logprobs,
     )

@@ -2,8 +2,11 @@
 
 EngineError
 ├── InvalidRequest      the request can never be served; the message names field and remedy
-│   └── ContextTooLong
+│   ├── ContextTooLong
+│   ├── StateNotFound   no state of that id for this owner
+│   └── StateMismatch   a state of another model, layout or format
 ├── Overloaded          try again after `retry_after_s`
+├── StatesFull          no room for another kept state: delete some or raise the budget
 ├── Draining            the replica takes nothing new
 ├── EngineDead          the device failed; the replica is out of service
 ├── RequestFailed       this request failed inside the engine, others go on
@@ -24,6 +27,18 @@ class InvalidRequest(EngineError):
 
 
 class ContextTooLong(InvalidRequest):
+    pass
+
+
+class StateNotFound(InvalidRequest):
+    pass
+
+
+class StateMismatch(InvalidRequest):
+    pass
+
+
+class StatesFull(EngineError):
     pass
 
 

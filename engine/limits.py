@@ -12,4 +12,6 @@ def limits_of(table: ModelTable) -> LiveLimits:
         max_batch_tokens=table.resolved_max_batch_tokens,
         max_waiting=table.max_waiting,
         max_context_len=table.max_context_len,
+        rejects_long_context=table.context_policy == "reject",
+        time_slice_tokens=table.time_slice_tokens,
     )

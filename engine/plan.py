@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple, Protocol
 
 from engine.types import SamplingParams
@@ -21,17 +22,37 @@ class SlotRef(NamedTuple):
     generation: int
 
 
+class MoveKind(Enum):
+    STORE = "store"  # slot to frame
+    LOAD = "load"  # frame to slot
+
+
+@dataclass(frozen=True, slots=True)
+class PageMove:
+    """Copy one page between device and host: the state, and its logits where it has some.
+
+    A frame is a place for a page in host memory, numbered like slots.
+    """
+
+    kind: MoveKind
+    slot: SlotRef
+    frame: SlotRef
+    has_logits: bool
+
+
 @dataclass(frozen=True, slots=True)
 class SeatStart:
     """A sequence takes a seat: the runner resets the seat's penalties and sampling.
 
     A seat is the place of a running sequence's sampler state on the device (next token,
     penalties, parameters). It is not a slot: the state of a sequence may move between slots
-    while it keeps its seat.
+    while it keeps its seat. A sequence that comes back brings the tokens it has drawn: penalties
+    are made from them, and the last one is what its first row feeds.
     """
 
     seat: int
     sampling: SamplingParams
+    output_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +62,9 @@ class Row:
     `tokens` is None for a decode row: its one token is the seat's newest sampled token, which
     may still be on the device. `position` is the index of the first token fed; the token that
     a sampling row draws gets index `position + num_tokens`.
+
+    A row of no tokens (`tokens == ()`) draws from the logits kept with `src`, a frozen page; it
+    writes nothing, and its sequence goes on from `src`.
     """
 
     seq_id: int
@@ -51,15 +75,20 @@ class Row:
     src: SlotRef
     dst: SlotRef
     sample: bool  # the last token of the row gives logits and a draw
+    keep_logits: bool = False  # leave the logits after the last token with `dst`
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One forward of the model. Starts are applied before rows; no two rows share a `dst`."""
+    """One forward of the model: moves in order, then starts, then rows at once.
+
+    No two rows share a `dst`, and none writes what another one reads. Rows may be none.
+    """
 
     step_id: int
     rows: tuple[Row, ...]
     starts: tuple[SeatStart, ...] = ()
+    moves: tuple[PageMove, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -73,7 +102,10 @@ BAD_TOKEN = -1  # the logits of that row were not finite
 class StepResult:
     """What came back: one token per sampling row, in plan order.
 
-    `error` fails the rows of this step; with `is_fatal` the device cannot be used any more.
+    `logprobs` are natural logarithms of the probabilities that the model itself gave those
+    tokens, before penalties, temperature and limits: as many as tokens (NaN where the row's
+    sampling did not ask), or empty if nobody asked. `error` fails the rows of this step and
+    whatever it moved; with `is_fatal` the device cannot be used any more.
     """
 
     step_id: int
@@ -81,6 +113,7 @@ class StepResult:
     duration_s: float = 0.0
     error: str | None = None
     is_fatal: bool = False
+    logprobs: tuple[float, ...] = ()
 
 
 class Runner(Protocol):

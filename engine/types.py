@@ -16,6 +16,7 @@ class FinishReason(StrEnum):
     STOP = "stop"  # a stop token, or a stop string
     LENGTH = "length"  # max_tokens reached
     ABORT = "abort"  # client gone, deadline passed, or drained
+    SUSPENDED = "suspended"  # on disk; OutputDelta.resume_id goes on with it
     ERROR = "error"  # the engine failed the request; OutputDelta.error says how
 
 
@@ -41,6 +42,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()  # removed from the text
     stop_token_ids: tuple[int, ...] = (0,)  # end the request, give no text
     banned_token_ids: tuple[int, ...] = ()
+    has_logprobs: bool = False  # report the model's log probability of every token drawn
 
     @property
     def is_greedy(self) -> bool:
@@ -52,8 +54,38 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StateOptions:
+    """How a state that a user asked to keep is filed."""
+
+    label: str = ""
+    ttl_s: float | None = None  # from now; None = until it is deleted
+    is_pinned: bool = False  # does not expire while it is
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateInfo:
+    """A state that a user holds. Who has the id and the owner's key may use it."""
+
+    state_id: str
+    num_tokens: int  # of the whole text it stands for
+    num_bytes: int
+    created_unix_s: float
+    expires_unix_s: float | None
+    label: str
+    is_pinned: bool
+    has_logits: bool  # an empty prompt can go on from it
+    parent_id: str | None  # what it was forked from or continued
+    tier: str  # "device", "host" or "disk": the fastest place it lies in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
-    """One token stream to compute. `prompt_ids` is never empty (token 0 begins a document)."""
+    """One token stream to compute.
+
+    `prompt_ids` begins with token 0 where it begins a document; it goes on from `state_id` where
+    that is given, and may then be empty if the state has logits. `max_tokens = 0` computes the
+    prompt only, which makes sense with `keep_state`.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -63,6 +95,11 @@ class EngineRequest:
     cache_salt: str = ""  # states are reused only among requests of the same salt
     # Numbers of prompt tokens after which a snapshot is worth leaving: where messages begin.
     snapshot_hints: tuple[int, ...] = ()
+    owner: str = ""  # whose states `state_id` is looked up among and `keep_state` is filed under
+    state_id: str | None = None  # a state to go on from
+    initial_state: str | None = None  # name of a tuned state that stands for the zero state
+    keep_state: StateOptions | None = None  # file the state after the last emitted token
+    is_resumable: bool = False  # a graceful stop writes it to disk instead of aborting it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +118,10 @@ class OutputDelta:
     num_output_tokens: int = 0  # so far, stop token included
     num_cached_tokens: int = 0  # of the prompt, taken from a snapshot
     error: str | None = None
+    logprobs: tuple[float, ...] = ()  # one per token id, if the request asked for them
+    num_state_tokens: int = 0  # of the state that the prompt went on from
+    state: StateInfo | None = None  # in the last delta: what `keep_state` filed
+    resume_id: str | None = None  # in the last delta: what `resume` goes on with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +141,9 @@ class ModelInfo:
     max_batch_tokens: int
     paragraph_len: int
     max_context_len: int
+    initial_states: tuple[str, ...] = ()  # names of tuned states that requests may begin from
+    num_frames: int = 0  # states in host memory
+    num_files: int = 0  # states on disk at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +154,8 @@ class LiveLimits:
     max_batch_tokens: int
     max_waiting: int
     max_context_len: int
+    rejects_long_context: bool = True  # False: max_context_len is only reported
+    time_slice_tokens: int = 0  # an answer gives way to the waiting after so many; 0 = never
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +198,15 @@ class CacheStats:
     num_queried_tokens: int = 0  # prompt tokens of the admitted sequences
     num_hit_tokens: int = 0  # those of them that were taken from a snapshot
     num_evictions: int = 0  # snapshots given up for room
-    num_snapshots: int = 0
+    num_snapshots: int = 0  # findable ones, in whatever tier
+    num_device_pages: int = 0  # snapshots, not those of running sequences
+    num_host_pages: int = 0  # copies in host memory, swapped sequences included
+    num_disk_pages: int = 0
+    num_stores: int = 0  # pages copied from the device to the host
+    num_loads: int = 0  # and back
+    num_disk_writes: int = 0
+    num_disk_reads: int = 0
+    num_preemptions: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,6 +47,14 @@ LINES = {
     "num_threads = 2": "rebuild",
     "num_state_slots = 9": "rebuild",
     "enable_prefix_cache = false": "rebuild",
+    "host_state_mib = 7": "rebuild",
+    'state_dir = "states"': "rebuild",
+    "disk_state_mib = 7": "rebuild",
+    'initial_states = ["poet.pth"]': "rebuild",
+    'initial_states = ["poet.pth"]\ninitial_state = "poet"': "rebuild",
+    "state_ttl_s = 60.0": "live",
+    "time_slice_tokens = 64": "live",
+    'context_policy = "report"': "live",
     "max_waiting = 3\nmax_batch_size = 5": "rebuild",
     "max_waiting = 256": "unchanged",  # the default, written out
 }

@@ -11,6 +11,7 @@ import pytest
 from config import BindAddress, ConfigError, InferConfig, LoraRanks, ModelConfig, ModelTable
 from config.key import keys_of
 from config.schema import IpcConfig, TrainConfig
+from tests.config.config_files import TABLE, infer_config
 
 CLASSES = (ModelConfig, ModelTable, InferConfig, IpcConfig, TrainConfig)
 WORLD_SIZE = 65536
@@ -135,3 +136,26 @@ def test_the_only_accepted_value_is_the_default() -> None:
     for config_class in CLASSES:
         for spec in keys_of(config_class).values():
             assert spec.key.only is None or spec.default == spec.key.only.value
+
+
+def test_initial_states_are_named_by_their_files(tmp_path: Path) -> None:
+    lines = 'initial_states = ["poet.pth", "b/lawyer.pth"]\ninitial_state = "lawyer"\n'
+    table = infer_config(tmp_path, TABLE + lines).models[0]
+    folder = (tmp_path / "infer").resolve()
+    assert table.initial_states == (folder / "poet.pth", folder / "b" / "lawyer.pth")
+
+
+@pytest.mark.parametrize(
+    ("lines", "key", "reason"),
+    [
+        ('initial_state = "poet"', "initial_state", "none of initial_states"),
+        ('initial_states = ["a/x.pth", "b/x.pth"]', "initial_states", "two files are named 'x'"),
+        ('state_dir = "s"\nhost_state_mib = 0', "host_state_mib", "pass through host memory"),
+    ],
+)
+def test_states_that_cannot_be_served_are_refused(
+    tmp_path: Path, lines: str, key: str, reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason) as caught:
+        infer_config(tmp_path, TABLE + lines + "\n")
+    assert caught.value.key.endswith(key)
