@@ -10,13 +10,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from engine.model.rwkv7 import RWKV7, Batch
-from engine.plan import ZERO_SLOT, Row, StepPlan, StepResult
-from engine.sampler import Sampler
+from engine.plan import ZERO_SLOT, Row, SeatStart, StepPlan, StepResult
+from engine.sampler import Draws, Sampler
 from engine.state.storage import StateStorage
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class ModelRunner:
         while (plan := self._plans.get()) is not None:
             started = time.perf_counter()
             try:
-                tokens = self.execute(plan)
+                draws = self.execute(plan)
             except Exception as error:  # the loop decides what a failed step means
                 logger.exception("step %d failed", plan.step_id)
                 result = StepResult(
@@ -76,24 +77,42 @@ class ModelRunner:
                     is_fatal=self._storage.device.type == "cuda",  # CUDA errors are sticky
                 )
             else:
-                result = StepResult(plan.step_id, tokens, time.perf_counter() - started)
+                result = StepResult(
+                    step_id=plan.step_id,
+                    tokens=draws.tokens,
+                    duration_s=time.perf_counter() - started,
+                    logprobs=draws.logprobs,
+                )
             on_result(result)
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> tuple[int, ...]:
-        """One step: seats, forward, draws. Returns a token for each sampling row, in plan order."""
+    def execute(self, plan: StepPlan) -> Draws:
+        """One step: moves, seats, forward, draws. A draw for each sampling row, in plan order."""
+        for move in plan.moves:
+            self._storage.move(move)
         for start in plan.starts:
-            self._sampler.start(start.seat, start.sampling)
+            self._take_seat(start)
         # Decode rows first: the recurrence then takes them as one batch of single tokens.
         decode = [row for row in plan.rows if row.num_tokens == 1]
         prefill = [row for row in plan.rows if row.num_tokens > 1]
-        sampled: dict[int, int] = {}
-        for rows in (decode, prefill):
-            if rows:
-                self._forward(rows, sampled)
-        return tuple(sampled[row.seq_id] for row in plan.rows if row.sample)
+        again = [row for row in plan.rows if row.num_tokens == 0]
+        parts = [self._forward(rows) for rows in (decode, prefill) if rows]
+        if again:
+            parts.append(self._kept_logits(again))
+        drawn = [row for row in decode + prefill + again if row.sample]
+        draws = self._draw(drawn, parts) if drawn else Draws(())
+        if plan.moves:  # whoever hears of the step may use its frames, from another thread
+            self._storage.synchronize()
+        places = {row.seq_id: i for i, row in enumerate(drawn)}
+        return draws.picked([places[row.seq_id] for row in plan.rows if row.sample])
 
-    def _forward(self, rows: list[Row], sampled: dict[int, int]) -> None:
+    def _take_seat(self, start: SeatStart) -> None:
+        self._sampler.start(start.seat, start.sampling, start.output_ids)
+        if start.output_ids:
+            self._next_token[start.seat] = start.output_ids[-1]
+
+    def _forward(self, rows: list[Row]) -> Tensor:
+        """Run the model; the logits [R, V] of the R sampling rows, in order."""
         for row in rows:
             assert row.dst.slot != ZERO_SLOT, f"row of sequence {row.seq_id} writes the zero page"
         batch = Batch(
@@ -102,20 +121,33 @@ class ModelRunner:
             dst_slot=self._storage.indices([row.dst.slot for row in rows]),
         )
         hidden_TC = self._model(self._tokens(rows), batch, self._storage.state)
-        sampling = [row for row in rows if row.sample]
-        if not sampling:
-            return
-        ends = torch.tensor(batch.lengths).cumsum(0) - 1
-        picked = ends[[row.sample for row in rows]].to(hidden_TC.device)
-        logits = self._model.head(hidden_TC[picked])
-        tokens = self._sampler.sample(
-            logits,
-            [row.seat for row in sampling],
-            [row.position + row.num_tokens for row in sampling],
-        )
-        seats = self._storage.indices([row.seat for row in sampling])
-        self._next_token[seats] = self._storage.indices(tokens).clamp_(min=0)
-        sampled.update((row.seq_id, token) for row, token in zip(sampling, tokens, strict=True))
+        ends = accumulate(batch.lengths)
+        wanted = [(end - 1, row) for end, row in zip(ends, rows, strict=True) if _has_logits(row)]
+        picked = self._storage.indices([last for last, _ in wanted])
+        # In the type they are kept in, so that a draw from kept logits is the same draw.
+        logits: Tensor = self._model.head(hidden_TC[picked]).to(self._storage.logits.dtype)
+        kept = [i for i, (_, row) in enumerate(wanted) if row.keep_logits]
+        if kept:
+            slots = self._storage.indices([wanted[i][1].dst.slot for i in kept])
+            self._storage.logits[slots] = logits[kept]
+        drawn = [i for i, (_, row) in enumerate(wanted) if row.sample]
+        return logits if len(drawn) == len(wanted) else logits[drawn]
+
+    def _kept_logits(self, rows: list[Row]) -> Tensor:
+        """Copies [R, V] of the logits that rows of no tokens draw from."""
+        for row in rows:
+            assert row.sample, f"row of sequence {row.seq_id} feeds nothing and draws nothing"
+            assert not row.keep_logits, f"row of sequence {row.seq_id} has no page to write"
+        return self._storage.logits[self._storage.indices([row.src.slot for row in rows])]
+
+    def _draw(self, rows: list[Row], parts: list[Tensor]) -> Draws:
+        """Draw from the logits of all parts, whose rows are `rows`."""
+        seats = [row.seat for row in rows]
+        positions = [row.position + row.num_tokens for row in rows]
+        draws = self._sampler.sample(torch.cat(parts), seats, positions)
+        tokens = self._storage.indices(draws.tokens).clamp_(min=0)
+        self._next_token[self._storage.indices(seats)] = tokens
+        return draws
 
     def _tokens(self, rows: list[Row]) -> Tensor:
         known = [row.tokens if row.tokens is not None else (0,) for row in rows]
@@ -127,3 +159,7 @@ class ModelRunner:
             seats = self._storage.indices([seat for _, seat in waiting])
             tokens[places] = self._next_token[seats]
         return tokens
+
+
+def _has_logits(row: Row) -> bool:
+    return row.sample or row.keep_logits

@@ -5,14 +5,17 @@ temperature, softmax, then one threshold that satisfies top-k and top-p together
 the threshold scaled so that the kept mass is exactly what was asked for. It knows seats and
 logits, not sequences or slots.
 
-Legend: R rows, V vocabulary.
+Legend: R rows, A those of them that ask for log probabilities, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,37 +26,60 @@ from engine.types import SamplingParams
 CANDIDATES = 512  # as many as nearly every nucleus needs; sorting the rest is rarely worth it
 
 
+class Draws(NamedTuple):
+    """What a step drew, one entry per row: see `StepResult`, which takes it as it is."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...] = ()
+
+    def picked(self, rows: Sequence[int]) -> Draws:
+        """Those of some rows, in their order."""
+        logprobs = tuple(self.logprobs[i] for i in rows) if self.logprobs else ()
+        return Draws(tuple(self.tokens[i] for i in rows), logprobs)
+
+
 class Penalties:
     """What each generated token costs next time: value per token, decaying with every draw.
 
     Kept sparse, in order of first generation: ids grow with the distinct tokens of an answer,
-    not with the vocabulary.
+    not with the vocabulary. Kept on the host in float32, where the drawn tokens are known anyway:
+    so an answer that comes back after 10,000 tokens gets its penalties, to the last bit, by
+    drawing them again, in some 20 ms.
     """
 
-    def __init__(self, params: SamplingParams, device: torch.device) -> None:
-        self._params = params
+    def __init__(self, params: SamplingParams) -> None:
+        self._decay = np.float32(params.penalty_decay)
+        self._presence = np.float32(params.presence_penalty)
+        self._repetition = np.float32(params.repetition_penalty)
         self._index: dict[int, int] = {}
-        self._ids = torch.zeros(16, dtype=torch.int64, device=device)
-        self._values = torch.zeros(16, dtype=torch.float32, device=device)
+        self._ids = np.zeros(16, dtype=np.int64)
+        self._values = np.zeros(16, dtype=np.float32)
 
     def apply(self, logits_V: Tensor) -> None:
         """Subtract the penalties, in place."""
         n = len(self._index)
-        logits_V.index_add_(0, self._ids[:n], self._values[:n].to(logits_V.dtype), alpha=-1)
+        ids = torch.from_numpy(self._ids[:n]).to(logits_V.device)
+        values = torch.from_numpy(self._values[:n]).to(logits_V.device, logits_V.dtype)
+        logits_V.index_add_(0, ids, values, alpha=-1)
 
-    def update(self, token: int) -> None:
-        """Decay all; the drawn token then gets presence if its entry is zero, else repetition."""
-        self._values *= self._params.penalty_decay
-        index = self._index.get(token)
-        if index is None:
-            index = self._index[token] = len(self._index)
-            if index == len(self._ids):
-                self._ids = torch.cat([self._ids, torch.zeros_like(self._ids)])
-                self._values = torch.cat([self._values, torch.zeros_like(self._values)])
-            self._ids[index] = token
-        is_first = self._values[index] == 0
-        params = self._params
-        self._values[index] += params.presence_penalty if is_first else params.repetition_penalty
+    def update(self, tokens: Sequence[int]) -> None:
+        """For each drawn token in turn: decay all; then it gets presence if its entry is zero,
+        else repetition."""
+        for token in tokens:
+            np.multiply(self._values, self._decay, out=self._values)
+            index = self._index.get(token)
+            if index is None:
+                index = self._add(token)
+            is_first = self._values[index] == 0
+            self._values[index] += self._presence if is_first else self._repetition
+
+    def _add(self, token: int) -> int:
+        index = self._index[token] = len(self._index)
+        if index == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+            self._values = np.concatenate([self._values, np.zeros_like(self._values)])
+        self._ids[index] = token
+        return index
 
 
 @dataclass(slots=True)
@@ -72,27 +98,47 @@ class Sampler:
         self._banned = self._ids(banned_ids)
         self._seats: list[_Seat | None] = [None] * num_seats
 
-    def start(self, seat: int, params: SamplingParams) -> None:
-        """A new request takes the seat; nothing of the previous one remains."""
+    def start(self, seat: int, params: SamplingParams, output_ids: Sequence[int] = ()) -> None:
+        """A request takes the seat; nothing of the previous one remains.
+
+        `output_ids` are the tokens it has drawn before, in another seat or process.
+        """
+        penalties = Penalties(params) if params.has_penalties else None
+        if penalties is not None:
+            penalties.update(output_ids)
         self._seats[seat] = _Seat(
             params=params,
-            penalties=Penalties(params, self._device) if params.has_penalties else None,
+            penalties=penalties,
             banned=self._ids(params.banned_token_ids) if params.banned_token_ids else None,
         )
 
-    def sample(
-        self, logits_RV: Tensor, seats: Sequence[int], positions: Sequence[int]
-    ) -> list[int]:
+    def sample(self, logits_RV: Tensor, seats: Sequence[int], positions: Sequence[int]) -> Draws:
         """One token per row, or BAD_TOKEN where logits are not finite. Overwrites the logits."""
+        rows = [self._seat(seat) for seat in seats]
+        asking = [i for i, row in enumerate(rows) if row.params.has_logprobs]
+        logprobs_AV = logits_RV[asking].log_softmax(dim=-1) if asking else None
+        tokens = self._pick(logits_RV, rows, positions)
+        if logprobs_AV is None:
+            return Draws(tuple(tokens))
+        picks_A1 = self._ids([max(tokens[i], 0) for i in asking]).unsqueeze(-1)
+        picked = logprobs_AV.gather(-1, picks_A1).squeeze(-1).tolist()
+        logprobs = [math.nan] * len(rows)
+        for i, logprob in zip(asking, picked, strict=True):
+            if tokens[i] != BAD_TOKEN:
+                logprobs[i] = logprob
+        return Draws(tuple(tokens), tuple(logprobs))
+
+    def _pick(
+        self, logits_RV: Tensor, rows: Sequence[_Seat], positions: Sequence[int]
+    ) -> list[int]:
         is_bad = (~torch.isfinite(logits_RV).all(dim=-1)).tolist()
         logits_RV.index_fill_(-1, self._banned, -torch.inf)
-        rows = [self._seat(seat) for seat in seats]
         for row, logits_V in zip(rows, logits_RV, strict=True):
             if row.banned is not None:
                 logits_V.index_fill_(0, row.banned, -torch.inf)
             if row.penalties is not None:
                 row.penalties.apply(logits_V)
-        tokens = logits_RV.argmax(dim=-1).tolist()
+        tokens: list[int] = logits_RV.argmax(dim=-1).tolist()
         drawn = [i for i, row in enumerate(rows) if not row.params.is_greedy and not is_bad[i]]
         if drawn:
             uniforms = [uniform(rows[i].params.seed, positions[i]) for i in drawn]
@@ -103,7 +149,7 @@ class Sampler:
             if is_bad[i]:
                 tokens[i] = BAD_TOKEN
             elif row.penalties is not None:
-                row.penalties.update(tokens[i])
+                row.penalties.update((tokens[i],))
         return tokens
 
     def _seat(self, index: int) -> _Seat:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config.schema import ModelConfig
 from engine.kernels import reference as kernels
+from engine.state.layout import PageLayout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,17 +241,27 @@ class RWKV7(nn.Module):
         x: Tensor = self(tokens_BT.reshape(-1), batch, zero, grad_checkpoint)
         return x.view(B, T, -1)
 
-    def new_state(self, num_slots: int, device: torch.device | str) -> State:
-        """Zero states: float32, or float64 for a float64 model."""
+    @property
+    def layout(self) -> PageLayout:
+        """Of this model's states: float32, or float64 for a float64 model."""
         dims, dtype = self.dims, self.emb.weight.dtype
         wkv_dtype = torch.promote_types(dtype, torch.float32)
-        heads = (dims.num_heads, dims.head_size, dims.head_size)
-        return State(
-            wkv=torch.zeros(num_slots, dims.num_cells, *heads, dtype=wkv_dtype, device=device),
-            shift=torch.zeros(
-                num_slots, dims.num_cells, 2, dims.embedded_dim, dtype=dtype, device=device
-            ),
+        return PageLayout(
+            num_cells=dims.num_cells,
+            num_heads=dims.num_heads,
+            head_size=dims.head_size,
+            vocab_size=dims.vocab_size,
+            wkv_dtype=str(wkv_dtype).removeprefix("torch."),
+            shift_dtype=str(dtype).removeprefix("torch."),
         )
+
+    def new_state(self, num_slots: int, device: torch.device | str) -> State:
+        """Zero states."""
+        wkv, shift = (
+            torch.zeros(num_slots, *tensor.shape, dtype=getattr(torch, tensor.dtype), device=device)
+            for tensor in (self.layout.tensors["wkv"], self.layout.tensors["shift"])
+        )
+        return State(wkv=wkv, shift=shift)
 
 
 def _take_shift(x: Tensor, which: int, layer: int, batch: Batch, state: State) -> Tensor:

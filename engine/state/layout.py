@@ -1,8 +1,9 @@
-"""How one state lies in memory: shapes, types and bytes of a page. Knows no device.
+"""How one page lies in memory: shapes, types and bytes. Knows no device.
 
 A page is the whole recurrent state of one sequence, every layer, and never grows:
     wkv    [L, H, N, N]  state matrices, row = key
     shift  [L, 2, C]     the last token's activations before time mix and channel mix
+    logits [V]           what the last token gave, as the model gave it; not every page has them
 Pages are slot-major, `[slot, layer, ...]`, so one page is one contiguous piece per tensor.
 """
 
@@ -10,8 +11,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class TensorLayout(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: str  # as torch spells it
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +30,8 @@ class PageLayout:
     num_cells: int
     num_heads: int
     head_size: int
-    wkv_dtype: str  # float32 unless the whole model is float64
+    vocab_size: int
+    wkv_dtype: str  # float32 unless the whole model is float64; also that of the logits
     shift_dtype: str
 
     @property
@@ -31,8 +43,19 @@ class PageLayout:
         return (self.num_cells, 2, self.num_heads * self.head_size)
 
     @property
+    def logits_shape(self) -> tuple[int, ...]:
+        return (self.vocab_size,)
+
+    @property
+    def tensors(self) -> dict[str, TensorLayout]:
+        """What one page consists of, by name."""
+        return {
+            "wkv": TensorLayout(self.wkv_shape, self.wkv_dtype),
+            "shift": TensorLayout(self.shift_shape, self.shift_dtype),
+            "logits": TensorLayout(self.logits_shape, self.wkv_dtype),
+        }
+
+    @property
     def page_bytes(self) -> int:
-        return (
-            prod(self.wkv_shape) * _ITEM_BYTES[self.wkv_dtype]
-            + prod(self.shift_shape) * _ITEM_BYTES[self.shift_dtype]
-        )
+        """Of a place for a page; a page without logits leaves theirs unused."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())

@@ -51,7 +51,7 @@ def plain(prompt: list[int], params: SamplingParams) -> list[int]:
             hidden = model(torch.tensor([token]), Batch((1,), slot, slot), state)
         while len(out) < params.max_tokens:
             position = len(prompt) + len(out)
-            out += sampler.sample(model.head(hidden), [0], [position])
+            out += sampler.sample(model.head(hidden), [0], [position]).tokens
             if out[-1] in params.stop_token_ids:
                 break
             hidden = model(torch.tensor(out[-1:]), Batch((1,), slot, slot), state)

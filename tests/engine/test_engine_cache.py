@@ -66,14 +66,14 @@ async def test_every_further_turn_of_a_chat_begins_from_what_was_generated(vocab
             prompt = [*prompt, *delta.token_ids, *text_ids(turn, 5)]
 
 
-async def test_an_equal_prompt_computes_only_what_is_behind_the_last_boundary(vocab: Path) -> None:
+async def test_an_equal_prompt_computes_nothing_and_a_longer_one_the_rest(vocab: Path) -> None:
     params = replace(PARAMS, max_tokens=1)
     async with Engine(build(table(vocab))) as engine:
         cached = [
             (await answer(engine, text_ids(3, length), params)).num_cached_tokens
             for length in (24, 24, 25, 25, 8, 9)
         ]
-    assert cached == [0, 16, 24, 24, 0, 8]
+    assert cached == [0, 24, 24, 25, 0, 8]
 
 
 async def test_tenants_share_nothing(vocab: Path) -> None:
@@ -82,7 +82,7 @@ async def test_tenants_share_nothing(vocab: Path) -> None:
             (await answer(engine, text_ids(4, 30), PARAMS, salt)).num_cached_tokens
             for salt in ("a", "b", "a", "")
         ]
-    assert cached == [0, 0, 24, 0]
+    assert cached == [0, 0, 30, 0]
 
 
 async def test_without_a_prefix_cache_nothing_is_reused(vocab: Path) -> None:
@@ -98,7 +98,12 @@ def test_a_seed_depends_on_weights_layout_and_tokenizer(
     changed: str, vocab: Path, tmp_path: Path
 ) -> None:
     layout = PageLayout(
-        num_cells=2, num_heads=2, head_size=16, wkv_dtype="float32", shift_dtype="float32"
+        num_cells=2,
+        num_heads=2,
+        head_size=16,
+        vocab_size=300,
+        wkv_dtype="float32",
+        shift_dtype="float32",
     )
     other = tmp_path / "other.txt"
     other.write_text(vocab.read_text() + "257 'ab' 2\n")

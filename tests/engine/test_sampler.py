@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 
 from engine.kernels.philox import philox4x32, uniform
 from engine.plan import BAD_TOKEN
-from engine.sampler import CANDIDATES, Sampler, draw, limit
+from engine.sampler import CANDIDATES, Draws, Penalties, Sampler, draw, limit
 from engine.types import SamplingParams
 
 CPU = torch.device("cpu")
@@ -86,7 +89,7 @@ def test_every_draw_matches_the_dense_oracle(
         logits = rng.integers(0, levels, (num_rows, vocab_size)).astype(np.float32) * (6 / levels)
         tokens = sampler.sample(
             torch.from_numpy(logits.copy()), range(num_rows), [position] * num_rows
-        )
+        ).tokens
         for row, (token, p) in enumerate(zip(tokens, params, strict=True)):
             if p.is_greedy:
                 assert token == (logits[row] - penalties[row]).argmax()
@@ -139,12 +142,12 @@ def test_a_draw_depends_on_neither_seat_nor_batch_nor_neighbours() -> None:
     for i, p in enumerate(params):
         sampler = Sampler(1, (), CPU)
         sampler.start(0, p)
-        alone += sampler.sample(logits[i : i + 1].clone(), [0], [i + 3])
+        alone += sampler.sample(logits[i : i + 1].clone(), [0], [i + 3]).tokens
     together = Sampler(8, (), CPU)
     seats = [7, 2, 5, 0, 1, 3]
     for seat, p in zip(seats, params, strict=True):
         together.start(seat, p)
-    assert together.sample(logits.clone(), seats, [i + 3 for i in range(6)]) == alone
+    assert together.sample(logits.clone(), seats, [i + 3 for i in range(6)]).tokens == tuple(alone)
 
 
 def test_banned_ids_are_never_drawn_even_when_they_lead() -> None:
@@ -153,7 +156,7 @@ def test_banned_ids_are_never_drawn_even_when_they_lead() -> None:
     sampler.start(1, SamplingParams(seed=1, banned_token_ids=(2,)))
     logits = torch.tensor([[0.0, 1.0, 2.0, 99.0]] * 2)
     for position in range(50):
-        tokens = sampler.sample(logits.clone(), [0, 1], [position] * 2)
+        tokens = sampler.sample(logits.clone(), [0, 1], [position] * 2).tokens
         assert tokens[0] == 2
         assert tokens[1] in (0, 1)
 
@@ -163,10 +166,10 @@ def test_a_new_request_in_a_seat_inherits_no_penalties() -> None:
     params = SamplingParams(temperature=0.0, presence_penalty=5.0)
     logits = torch.tensor([[1.0, 0.0]])
     sampler.start(0, params)
-    assert sampler.sample(logits.clone(), [0], [1]) == [0]
-    assert sampler.sample(logits.clone(), [0], [2]) == [1]
+    assert sampler.sample(logits.clone(), [0], [1]).tokens == (0,)
+    assert sampler.sample(logits.clone(), [0], [2]).tokens == (1,)
     sampler.start(0, params)
-    assert sampler.sample(logits.clone(), [0], [1]) == [0]
+    assert sampler.sample(logits.clone(), [0], [1]).tokens == (0,)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -176,6 +179,98 @@ def test_logits_that_are_not_finite_flag_their_row_only(value: float) -> None:
         sampler.start(seat, SamplingParams(temperature=0.0 if seat else 1.0))
     logits = torch.tensor([[1.0, 5.0]] * 3)
     logits[1, 0] = value
-    tokens = sampler.sample(logits, [0, 1, 2], [1, 1, 1])
+    tokens = sampler.sample(logits, [0, 1, 2], [1, 1, 1]).tokens
     assert tokens[1] == BAD_TOKEN
     assert tokens[2] == 1
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.996, 0.5, 0.0])
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_a_seat_that_is_told_its_past_equals_one_that_drew_it(
+    decay: float, temperature: float
+) -> None:
+    params = SamplingParams(
+        temperature=temperature, seed=3, top_p=0.9,
+        presence_penalty=0.3, repetition_penalty=0.1, penalty_decay=decay,
+    )  # fmt: skip
+    logits = torch.randn(120, 1, 50, generator=torch.manual_seed(2))
+    stayed, out = Sampler(1, (), CPU), list[int]()
+    stayed.start(0, params)
+    for position in range(80):
+        out += stayed.sample(logits[position].clone(), [0], [position]).tokens
+    assert len(set(out)) < len(out)
+    back = Sampler(3, (), CPU)
+    back.start(2, params, output_ids=out)
+    for position in range(80, 120):
+        left, right = logits[position].clone(), logits[position].clone()
+        assert stayed.sample(left, [0], [position]) == back.sample(right, [2], [position])
+        assert torch.equal(left, right)  # what was drawn from, penalties subtracted
+
+
+def test_penalties_of_a_past_are_those_of_a_dense_vector_to_the_bit() -> None:
+    params = SamplingParams(presence_penalty=0.37, repetition_penalty=0.11, penalty_decay=0.993)
+    past = np.random.default_rng(4).integers(0, 400, 3000).tolist()
+    dense = np.zeros(500, dtype=np.float32)
+    for token in past:
+        dense *= np.float32(0.993)
+        dense[token] += np.float32(0.37 if dense[token] == 0 else 0.11)
+    penalties = Penalties(params)
+    penalties.update(past)
+    logits = torch.zeros(500)
+    penalties.apply(logits)
+    assert np.array_equal(-logits.numpy(), dense)
+
+
+def test_a_past_of_ten_thousand_tokens_takes_milliseconds() -> None:
+    params = SamplingParams(presence_penalty=0.5, repetition_penalty=0.1, penalty_decay=0.996)
+    past = np.random.default_rng(5).integers(0, 65536, 10_000).tolist()
+    times = []
+    for _ in range(3):
+        begun = time.process_time()
+        Sampler(1, (), CPU).start(0, params, past)
+        times.append(time.process_time() - begun)
+    assert min(times) < 0.15  # some 0.02 on an idle machine
+
+
+@given(params=st.lists(sampling, min_size=1, max_size=5), seed=st.integers(0, 2**31))
+def test_logprobs_are_those_of_the_logits_before_anything_was_done_to_them(
+    params: list[SamplingParams], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    asking = [bool(rng.integers(0, 2)) for _ in params]
+    sampler = Sampler(len(params), banned_ids=(0, 3), device=CPU)
+    for seat, (p, asks) in enumerate(zip(params, asking, strict=True)):
+        sampler.start(seat, replace(p, has_logprobs=asks, banned_token_ids=(5,)))
+    silent = Sampler(len(params), banned_ids=(0, 3), device=CPU)
+    for seat, p in enumerate(params):
+        silent.start(seat, replace(p, banned_token_ids=(5,)))
+    seats = range(len(params))
+    for position in range(4):
+        logits = rng.normal(0, 8, (len(params), 60)).astype(np.float32)
+        positions = [position] * len(params)
+        draws = sampler.sample(torch.from_numpy(logits.copy()), seats, positions)
+        unasked = silent.sample(torch.from_numpy(logits.copy()), seats, positions)
+        assert unasked == Draws(draws.tokens)  # asking changes no draw
+        if not any(asking):
+            assert draws.logprobs == ()
+            continue
+        x = logits.astype(np.float64)
+        expected = x - np.log(np.exp(x).sum(-1, keepdims=True))
+        for row, logprob in enumerate(draws.logprobs):
+            if asking[row]:
+                assert abs(logprob - expected[row, draws.tokens[row]]) < 1e-5
+            else:
+                assert np.isnan(logprob)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_bad_row_has_no_logprob_and_spoils_no_other(value: float) -> None:
+    sampler = Sampler(2, (), CPU)
+    for seat in range(2):
+        sampler.start(seat, SamplingParams(temperature=0.0, has_logprobs=True))
+    logits = torch.zeros(2, 4)
+    logits[0, 2] = value
+    draws = sampler.sample(logits, [0, 1], [1, 1])
+    assert draws.tokens == (BAD_TOKEN, 0)
+    assert np.isnan(draws.logprobs[0])
+    assert abs(draws.logprobs[1] - np.log(0.25)) < 1e-6
