@@ -1,7 +1,8 @@
 """Sequence: one token stream being computed, and how far it is. Knows no other sequence.
 
 Two cursors count tokens fed to the model: `num_planned` (given to the device) never falls
-behind `num_computed` (committed). Between them lies what is in flight.
+behind `num_computed` (committed). Between them lies what is in flight. Positions count from
+where the prompt begins; `num_base_tokens` more came before it, in the state it went on from.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from engine.plan import SlotRef
-from engine.state.prefix import Page
+from engine.state.page import Page
 from engine.types import EngineRequest, FinishReason
 
 
 class SequenceStatus(Enum):
     WAITING = auto()  # owns nothing on the device
     RUNNING = auto()  # owns a slot and a seat
+    SWAPPED = auto()  # gave both up to others, its state being in a page of its own; waits as well
     FINISHED = auto()  # owns nothing any more; finish_reason says why
 
 
@@ -26,6 +28,7 @@ class FrozenSlot(NamedTuple):
 
     num_tokens: int
     slot: SlotRef
+    is_end: bool = False  # of the prompt, with its logits
 
 
 class Awaited(NamedTuple):
@@ -39,38 +42,62 @@ class Awaited(NamedTuple):
 class Sequence:
     """State of one request in the scheduler and the state cache, who alone change it.
 
-    `max_tokens` is the request's, cut to what the context length leaves.
+    `max_tokens` is the request's, cut to what the context length leaves; 0 = only the prompt is
+    computed. `base` is the page that the prompt goes on from; it is held for as long as the
+    sequence lives.
     """
 
     seq_id: int  # grows with arrival
     request: EngineRequest
     max_tokens: int
+    base: Page | None = None
     num_prompt_tokens: int = field(init=False)
+    num_base_tokens: int = field(init=False)
     output_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # of output_ids, if they were asked for
     status: SequenceStatus = SequenceStatus.WAITING
     num_planned: int = 0
     num_computed: int = 0
     num_skipped_steps: int = 0  # plans made since its last decode row
+    turn_number: int = field(init=False)  # its place in the line
+    num_slice_tokens: int = 0  # decode rows since it last got a seat
+    num_rows_in_flight: int = 0
+    owes_draw: bool = False  # the row in flight that draws from kept logits feeds no token
     seat: int | None = None
     admitted_s: float | None = None  # perf_counter
     finish_reason: FinishReason | None = None
     error: str | None = None
     # The state cache's:
     slot: SlotRef | None = None  # its live page
+    is_loading: bool = False  # that page is being loaded by the plan in the making
+    parked: Page | None = None  # while SWAPPED: its state after num_planned tokens
+    frame: SlotRef | None = None  # with max_tokens = 0: where its state will be brought
+    kept: Page | None = None  # at the end of a request with max_tokens = 0: its state, held
     num_cached_tokens: int = 0  # of the prompt, taken from a snapshot
     chain: list[bytes] = field(default_factory=list)  # links of its paragraphs, as far as needed
+    end_digest: bytes = b""  # of the whole prompt
     origin: SlotRef | None = None  # what its first row reads; None once that is planned
+    has_origin: bool = False  # and it holds a reference to that
     stops: set[int] = field(default_factory=set)  # where its prefill is to leave snapshots
+    expects_end: bool = False  # the same prompt has come before, or waits
     frozen: list[FrozenSlot] = field(default_factory=list)  # left, but not committed; ascending
     turn: Page | None = None  # its newest snapshot from decoding
     awaited: Awaited | None = None  # while waiting: what it (has) waited to begin from
+    has_fetched: bool = False  # while waiting: it has asked the disk for a page once
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.request.prompt_ids)
+        self.num_base_tokens = 0 if self.base is None else self.base.num_tokens
+        self.turn_number = self.seq_id
 
     @property
     def is_finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing of it is in flight."""
+        return self.num_rows_in_flight == 0
 
     @property
     def needs_prefill(self) -> bool:
@@ -89,8 +116,8 @@ class Sequence:
 
     @property
     def waiting_order(self) -> tuple[int, int]:
-        """Sort key among the waiting: higher priority first, then first come."""
-        return (-self.request.priority, self.seq_id)
+        """Sort key among the waiting: higher priority first, then by turn."""
+        return (-self.request.priority, self.turn_number)
 
     def tokens(self, begin: int, end: int) -> tuple[int, ...]:
         """Tokens fed at positions `begin` to `end`, all of which must be known."""

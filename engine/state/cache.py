@@ -1,27 +1,25 @@
 """StateCache: which state a sequence begins from, writes to and leaves behind. Integers only.
 
-The scheduler's one door to pool and index. A snapshot is a slot that a sequence stood on at a
-paragraph boundary: it is frozen, and the sequence goes on in a fresh slot, since a row may read
-one slot and write another. Nothing is ever copied.
-
-Why a slot may be reused at once, also with rows in flight that read or write it: the device runs
-plans in order, so whoever is given the slot writes it in a later plan. Only rows of one plan run
-in no order; therefore what the plan in the making reads (other than the writer's own slot) is
-held until it is complete. And a snapshot that becomes visible was written by a committed step and
-has no writer in flight.
+The scheduler's one door to the pages. A snapshot is a slot that a sequence stood on: it is
+frozen, and the sequence goes on in a fresh slot, since a row may read one slot and write another.
+Nothing is copied on the device. A snapshot becomes visible when the step that wrote it is
+committed, so it has no writer in flight, and a step that fails leaves nothing.
 """
 
 from __future__ import annotations
 
-from engine.plan import SlotRef
-from engine.sequence import FrozenSlot, Sequence
-from engine.state.owners import PrefillOwners, is_awaiting
-from engine.state.pool import SlotPool
-from engine.state.prefix import Page, PrefixIndex, link, root
-from engine.types import CacheStats, FinishReason
+from collections.abc import Iterable
 
-MAX_HINTS = 4  # snapshots one request may ask for: the first and the deepest others
-MIN_SNAPSHOT_TOKENS = 64  # of prefill that a snapshot beside the prompt's last one must save
+from engine.plan import PageMove, SlotRef, StepPlan
+from engine.sequence import FrozenSlot, Sequence, SequenceStatus
+from engine.state.matching import Matching
+from engine.state.owners import PrefillOwners
+from engine.state.page import Page, PageFile
+from engine.state.prefix import PrefixIndex
+from engine.state.snapshots import MIN_SNAPSHOT_TOKENS, Snapshots
+from engine.state.tiers import PageTiers
+from engine.types import CacheStats
+
 MAX_GHOSTS = 100_000  # 16 bytes each, besides the dict
 
 
@@ -29,12 +27,12 @@ class StateCache:
     """Slots for running sequences and snapshots together; running sequences come first.
 
     `seed` names everything besides tokens and salt that a state depends on: weights, layout,
-    tokenizer. None switches reuse off; then slots are all there is.
+    tokenizer. None switches reuse off; then pages are only what users keep.
     """
 
     def __init__(
         self,
-        pool: SlotPool,
+        tiers: PageTiers,
         paragraph_len: int,
         seed: bytes | None,
         *,
@@ -43,78 +41,156 @@ class StateCache:
     ) -> None:
         if paragraph_len < 1:
             raise ValueError(f"paragraph_len = {paragraph_len}: must be at least 1")
-        self.pool = pool
+        self.tiers = tiers
+        self.pool = tiers.slots
         self.paragraph_len = paragraph_len
-        self.index = PrefixIndex(
-            paragraph_len, max_protected=pool.num_slots // 2, max_ghosts=max_ghosts
+        self.index = PrefixIndex(paragraph_len, max_ghosts=max_ghosts)
+        tiers.on_lost = self.index.remove
+        self.snapshots = Snapshots(
+            tiers,
+            self.index,
+            paragraph_len,
+            is_on=seed is not None,
+            min_snapshot_tokens=min_snapshot_tokens,
         )
         self._seed = seed
-        self._min_snapshot_tokens = min_snapshot_tokens
         self._owners = PrefillOwners(paragraph_len)
-        self._reading: set[SlotRef] = set()  # frozen slots that the plan in the making reads
-        self._num_reserved = 0  # slots that snapshots must leave to others in this plan
-        self._num_queried_tokens = self._num_hit_tokens = self._num_evictions = 0
+        self._matching = Matching(
+            tiers,
+            self.index,
+            self._owners,
+            seed,
+            paragraph_len=paragraph_len,
+            min_awaited_tokens=max(min_snapshot_tokens, 1),
+        )
+        self._num_queried_tokens = self._num_hit_tokens = 0
+        self._num_swaps = 0
 
     @property
     def num_available(self) -> int:
-        """Slots a new sequence could get: free ones and snapshots that nothing reads just now."""
-        num_held = 0
-        if self._reading:
-            num_held = sum(page.slot in self._reading for page in self.index.victims())
-        return self.pool.num_free + len(self.index) - num_held
+        """Slots a new sequence could get."""
+        return self.tiers.num_available
 
     @property
     def stats(self) -> CacheStats:
+        tiers = self.tiers
         return CacheStats(
             num_queried_tokens=self._num_queried_tokens,
             num_hit_tokens=self._num_hit_tokens,
-            num_evictions=self._num_evictions,
+            num_evictions=tiers.num_lost,
             num_snapshots=len(self.index),
+            num_device_pages=len(tiers.on_device),
+            num_host_pages=tiers.num_frames_used,
+            num_disk_pages=len(tiers.files.order),
+            num_stores=tiers.num_stores,
+            num_loads=tiers.num_loads,
+            num_disk_writes=tiers.files.num_written,
+            num_disk_reads=tiers.files.num_read,
+            num_preemptions=self._num_swaps,
         )
+
+    # Files
+
+    def adopt_files(self, files: Iterable[PageFile]) -> None:
+        """Pages found on the disk, least recently used first."""
+        for file in files:
+            page = self.index.get(file.digest)
+            if page is None:
+                page = Page(file.digest, file.num_tokens, file.has_logits, has_file=True)
+                self.index.insert(page)
+            if page.has_logits == file.has_logits:
+                self.tiers.files.add(page)
+
+    def add_page(self, file: PageFile, frame: SlotRef) -> Page:
+        """The page that came from outside into a frame, which the caller held. It is held."""
+        page = self.index.get(file.digest)
+        if page is None:
+            page = Page(file.digest, file.num_tokens, file.has_logits)
+            self.index.insert(page)
+        if page.frame is None:
+            self.tiers.place_frame(page, frame)
+        else:
+            self.tiers.release_frame(frame)
+        self.tiers.hold(page)
+        self.tiers.keep_safe(page)
+        return page
+
+    def take_tuned(self, file: PageFile) -> Page:
+        """The page of a tuned initial state, for good: its content is in the lowest free frame."""
+        frame = self.tiers.take_frame()
+        assert frame is not None, "there are fewer frames than tuned states"
+        page = Page(file.digest, file.num_tokens, file.has_logits, num_holders=1)
+        self.tiers.place_frame(page, frame)
+        return page
+
+    def save_all(self) -> None:
+        """Have every page that is worth it brought to its file, as far as room and steps go."""
+        files = self.tiers.files
+        files.is_patient = True
+        for page in list(self.index):
+            if page.num_holders > 0 or page.num_tokens >= files.min_tokens:
+                self.tiers.keep_safe(page)
 
     # Beginning
 
     def num_cached(self, seq: Sequence) -> int:
         """Prompt tokens that a waiting sequence would not need to compute."""
-        page = self._match(seq)
-        return 0 if page is None else page.num_tokens
+        return self._matching.match(seq)[1]
 
     def must_wait(self, seq: Sequence) -> bool:
-        """Somebody is computing what this prompt begins with: wait for the snapshot.
+        """What the sequence begins from is on its way."""
+        return self._matching.must_wait(seq)
 
-        Once per sequence, and only for one that runs, so nobody waits for ever: the owner passes
-        the boundary, with or without leaving a snapshot, or ends.
+    def is_lost(self, seq: Sequence) -> bool:
+        """The state that a waiting sequence must go on from could not be read back."""
+        page = seq.parked if seq.status is SequenceStatus.SWAPPED else seq.base
+        return page is not None and not page.exists
+
+    def has_whole(self, seq: Sequence) -> bool:
+        """There is nothing to compute for a sequence that only wants the state of its prompt.
+
+        Then that state is held for it, wherever it lies.
         """
-        if self._seed is None:
+        page, num_tokens = self._matching.match(seq)
+        is_whole = page is not None and page.has_logits and num_tokens == seq.num_prompt_tokens
+        if seq.max_tokens > 0 or page is None or not is_whole or not self.tiers.secure(page):
             return False
-        if seq.awaited is None:
-            least = self.num_cached(seq) + max(self._min_snapshot_tokens, 1)
-            seq.awaited = self._owners.ask(seq, least)
-        return is_awaiting(seq)
+        seq.num_cached_tokens = num_tokens
+        seq.kept = page
+        self.tiers.hold(page)
+        self.tiers.keep_safe(page)
+        return True
 
     def admit(self, seq: Sequence) -> bool:
-        """Give a slot to a waiting sequence, and the deepest snapshot to begin from.
+        """Give a slot to a waiting sequence, and the deepest page to begin from.
 
-        False if there is no room. Snapshots make room; the one to begin from does so last, and
-        then its slot is both read and written by the first row.
+        False if there is no room. Pages make room; the one to begin from does so last, and then
+        its slot is both read and written by the first row.
         """
-        page = self._match(seq)
-        slot = self._take_slot(spare=page) or self._take_slot()
-        if slot is None:
+        if seq.status is SequenceStatus.SWAPPED:
+            return self._swap_in(seq)
+        page, num_tokens = self._matching.match(seq)
+        with self.tiers.frame_held(page):
+            if seq.max_tokens == 0:  # first, or a page that makes room takes the last one
+                seq.frame = self.tiers.take_frame()
+            slot = self.tiers.take_slot(spare=page)
+            origin = None if page is None else page.slot  # making room for itself takes it away
+            slot = slot or self.tiers.take_slot()
+        if slot is None or (seq.max_tokens == 0 and seq.frame is None):
+            self._give_back(seq, slot)
             return False
         seq.slot, seq.origin = slot, self.pool.zero
         seq.awaited = None  # or those who waited for each other would keep each other in memory
         if page is not None:
-            seq.origin = page.slot
-            seq.num_cached_tokens = seq.num_planned = seq.num_computed = page.num_tokens
-            if self.index.get(page.digest) is page:
-                self.index.touch(page)
-                self._hold(page.slot)
+            seq.num_cached_tokens = seq.num_planned = seq.num_computed = num_tokens
+            seq.owes_draw = num_tokens == seq.num_prompt_tokens
+            self._begin_from(seq, page, origin)
         if self._seed is not None:
             self._num_queried_tokens += seq.num_prompt_tokens
-            self._num_hit_tokens += seq.num_cached_tokens
-            seq.stops |= self._boundaries(seq)
-            self.index.note(seq.chain)
+            self._num_hit_tokens += num_tokens
+            seq.stops |= self.snapshots.boundaries(seq)
+            seq.expects_end |= self.index.has_seen(seq.end_digest)
+            self.index.note([*seq.chain, seq.end_digest])
             self._owners.add(seq)
         return True
 
@@ -125,13 +201,12 @@ class StateCache:
 
     # Going on
 
-    def begin_plan(self, num_reserved: int) -> None:
-        """A plan is in the making, which may admit `num_reserved` sequences at the end of it.
+    def begin_plan(self) -> None:
+        self.tiers.begin_plan()
 
-        Their slots are not for snapshots. A snapshot already left takes its slot out of reach
-        until it is committed, for `depth` steps at most.
-        """
-        self._num_reserved = num_reserved
+    def reserve(self, num_reserved: int) -> None:
+        """The plan in the making may admit so many sequences, whose slots are not for snapshots."""
+        self.snapshots.reserve(num_reserved)
 
     def advance(self, seq: Sequence) -> tuple[SlotRef, SlotRef]:
         """(src, dst) of the next row of a running sequence.
@@ -142,170 +217,184 @@ class StateCache:
         """
         assert seq.slot is not None, f"sequence {seq.seq_id} has no slot"
         if seq.origin is not None:
-            src, seq.origin = seq.origin, None
+            src = seq.origin
+            if seq.num_rows_in_flight == 0 and seq.owes_draw:
+                return src, seq.slot  # draws only; the row that feeds comes after
+            self._let_origin_go(seq, is_read=True)
             return src, seq.slot
-        fresh = self._slot_to_go_on(seq)
+        # What was loaded in this very plan is no snapshot before that is committed.
+        fresh = None if seq.is_loading else self.snapshots.slot_to_go_on(seq)
+        seq.is_loading = False
         if fresh is None:
             return seq.slot, seq.slot
         left, seq.slot = seq.slot, fresh
         self.pool.freeze(left)
-        self._hold(left)
-        seq.frozen.append(FrozenSlot(seq.num_planned, left))
+        self.tiers.read(left)
+        is_end = seq.num_planned == seq.num_prompt_tokens and seq.num_planned in seq.stops
+        seq.frozen.append(FrozenSlot(seq.num_planned, left, is_end))
         self.publish(seq)
         return left, fresh
 
-    def end_plan(self) -> None:
-        """The plan is complete: what it reads may be given up from now on."""
-        for slot in self._reading:
-            self.pool.release(slot)
-        self._reading.clear()
+    def keeps_logits(self, seq: Sequence, end: int) -> bool:
+        """The row that ends at `end` is to leave its logits: the prompt may come again."""
+        is_kept = self._seed is not None or seq.max_tokens == 0
+        return is_kept and end == seq.num_prompt_tokens
+
+    def end_plan(self) -> tuple[PageMove, ...]:
+        """The plan is complete. Returns the moves that it is to make before its rows."""
+        return self.tiers.end_plan()
+
+    def commit(self, plan: StepPlan, *, has_failed: bool) -> None:
+        """The plan's moves are made. To be called before anything else is done with its result."""
+        self.tiers.commit(plan, has_failed=has_failed)
 
     def publish(self, seq: Sequence) -> None:
         """Index the snapshots whose last token's step has been committed."""
         while seq.frozen and seq.frozen[0].num_tokens <= seq.num_computed:
-            self._index(seq, seq.frozen.pop(0))
+            self.snapshots.publish_slot(seq, seq.frozen.pop(0))
+
+    # Giving way and coming back
+
+    def can_swap_out(self, seq: Sequence) -> bool:
+        """The sequence has a state of its own to take away."""
+        return seq.origin is None and (seq.can_decode or seq.needs_prefill)
+
+    def swap_out(self, seq: Sequence) -> bool:
+        """Copy the state of a running sequence to the host, in the plan in the making, and take
+        its slot. False, and nothing changes, if there is no frame for it."""
+        assert seq.slot is not None, f"sequence {seq.seq_id} has no slot"
+        frame = self.tiers.take_frame()
+        if frame is None:
+            return False
+        self._num_swaps += 1
+        num_tokens = seq.num_base_tokens + seq.num_planned
+        has_logits = self.keeps_logits(seq, seq.num_planned)
+        seq.parked = Page(b"", num_tokens, has_logits, num_holders=1)
+        self.tiers.store(seq.slot, frame, seq.parked)
+        self.tiers.place_frame(seq.parked, frame)
+        self.pool.release(seq.slot)
+        seq.slot = None
+        self._owners.remove(seq)
+        return True
 
     # Ending
 
     def forget(self, seq: Sequence) -> None:
         """Its logits were not finite: any page it came from or left may be to blame."""
-        for digest in seq.chain:
-            if (page := self.index.get(digest)) is not None:
-                self._drop(page)
+        for digest in (*seq.chain, seq.end_digest):
+            page = self.index.get(digest)
+            if page is not None and page.num_holders == 0:
+                self.tiers.drop(page)
 
     def release(self, seq: Sequence) -> None:
         """Take back everything from a sequence that has ended.
 
-        A slot that happens to stand on the grid, with no row in flight that writes it, is a
-        snapshot for nothing. What was left but not committed is lost.
+        A slot that happens to stand on the grid, or at the end of the prompt with its logits,
+        with no row in flight that writes it, is a snapshot for nothing. What was left but not
+        committed is lost.
         """
-        assert seq.slot is not None, f"sequence {seq.seq_id} has no slot"
         for left in seq.frozen:
             self.pool.release(left.slot)
         seq.frozen.clear()
-        is_settled = seq.num_computed == seq.num_planned
-        is_on_grid = seq.num_computed % self.paragraph_len == 0
-        is_failed = seq.finish_reason is FinishReason.ERROR
-        if self._seed is not None and is_settled and is_on_grid and not is_failed:
-            self.pool.freeze(seq.slot)
-            self._index(seq, FrozenSlot(seq.num_computed, seq.slot))
-        else:
-            self.pool.release(seq.slot)
-        seq.slot = seq.origin = seq.turn = None
+        if seq.slot is not None:
+            self.snapshots.leave_slot(seq, seq.slot)
+            self._let_origin_go(seq)
+        if seq.frame is not None:
+            self.tiers.release_frame(seq.frame)
+        if seq.parked is not None:
+            self._unpark(seq)
+        if seq.base is not None:
+            self.let_go(seq.base)
+            seq.base = None
+        seq.slot = seq.frame = seq.turn = None
         self._owners.remove(seq)
+
+    def let_go(self, page: Page, *, drops: bool = False) -> None:
+        """Somebody who held a page does not need it any more. It is gone if nobody holds it and
+        nobody can find it, or, with `drops`, should."""
+        self.tiers.unhold(page)
+        is_findable = self.index.get(page.digest) is page
+        if page.num_holders == 0 and (drops or not is_findable):
+            self.tiers.drop(page)
 
     def check(self, running: list[Sequence]) -> None:
         """Raise AssertionError if any invariant is broken. O(slots). For outside of planning."""
-        self.pool.check()
         self.index.check()
-        assert not self._reading, f"still held for a plan: {self._reading}"
+        self.tiers.check()
         live = [seq.slot for seq in running if seq.slot is not None]
         left = [frozen.slot for seq in running for frozen in seq.frozen]
-        pages = [page.slot for page in self.index.victims()]
-        assert len(live) == len(running), "a running sequence has no slot"
-        used = live + left + pages
+        pages = [page.slot for page in self.tiers.on_device if page.slot is not None]
+        promised = self.tiers.promised_slots
+        origins = [seq.origin for seq in running if seq.has_origin and seq.origin is not None]
+        known = {*live, *left, *pages, *promised}
+        orphans = [slot for slot in dict.fromkeys(origins) if slot not in known]
+        used = live + left + pages + promised + orphans
         assert all(self.pool.is_current(slot) for slot in used), f"a stale slot among {used}"
-        assert len(set(used)) == len(used), f"slots shared: {live=} {left=} {pages=}"
+        assert len(set(used)) == len(used), f"slots shared: {live=} {left=} {pages=} {promised=}"
         num_used = self.pool.num_slots - self.pool.num_free
-        assert num_used == len(used), (
-            f"{num_used} slots used by {len(running)} sequences and {len(left + pages)} snapshots"
-        )
-        assert all(self.pool.refs(slot) == 1 for slot in used), "a slot is held by nobody known"
+        assert num_used == len(used), f"{num_used} slots used, known are {used}"
+        for slot in used:
+            num_holders = origins.count(slot) + (slot not in orphans)
+            assert self.pool.refs(slot) == num_holders, f"{slot} is held by a stranger"
         assert not any(self.pool.is_frozen(slot) for slot in live), "a live slot is frozen"
         assert all(self.pool.is_frozen(slot) for slot in left + pages), "a snapshot is not frozen"
         for seq in running:
-            assert seq.origin is None, f"{seq.seq_id} was admitted without a row"
+            is_running = seq.status is SequenceStatus.RUNNING
+            assert (seq.slot is not None) == is_running, f"{seq.seq_id} is {seq.status}"
+            assert (seq.parked is None) == is_running, f"{seq.seq_id} is {seq.status}"
+            is_drawing = seq.num_planned == seq.num_prompt_tokens
+            assert seq.origin is None or is_drawing, f"{seq.seq_id} was admitted without a row"
             assert all(frozen.num_tokens > seq.num_computed for frozen in seq.frozen), (
                 f"{seq.seq_id} did not publish {seq.frozen} at {seq.num_computed}"
             )
         self._owners.check(running)
 
-    def _match(self, seq: Sequence) -> Page | None:
-        """The deepest snapshot to begin from; one token is left to compute, to give logits."""
-        if self._seed is None:
-            return None
-        if not seq.chain:
-            seq.chain.append(root(self._seed, seq.request.cache_salt))
-            self._extend(seq, seq.num_prompt_tokens)
-        return self.index.match(seq.chain, seq.num_prompt_tokens - 1)
-
-    def _extend(self, seq: Sequence, num_tokens: int) -> None:
-        """Make the chain reach over `num_tokens` tokens."""
-        while (end := len(seq.chain) * self.paragraph_len) <= num_tokens:
-            seq.chain.append(link(seq.chain[-1], seq.tokens(end - self.paragraph_len, end)))
-
-    def _boundaries(self, seq: Sequence) -> set[int]:
-        """Where this prefill is to leave snapshots, beyond where it begins.
-
-        The last boundary of the prompt, for whoever asks the same or more; the point where it
-        parts from an earlier prompt, as a second sight says that there will be a third; and
-        where the request itself says that it may be continued differently.
-        """
-        begin, length = seq.num_cached_tokens, self.paragraph_len
-        last = seq.num_prompt_tokens - 1
-        stops = {last - last % length, *self._hinted(seq)}
-        branch = self.index.shared_depth(seq.chain, last)
-        if branch - begin >= self._min_snapshot_tokens:
-            stops.add(branch)
-        return {stop for stop in stops if stop > begin}
-
-    def _hinted(self, seq: Sequence) -> list[int]:
-        """Boundaries at or before the hints of a request, at some distance from each other."""
-        hints = sorted({hint - hint % self.paragraph_len for hint in seq.request.snapshot_hints})
-        kept = [seq.num_cached_tokens]
-        for hint in hints:
-            if hint - kept[-1] >= max(self._min_snapshot_tokens, 1):
-                kept.append(hint)
-        return kept[1:2] + kept[2:][1 - MAX_HINTS :]
-
-    def _slot_to_go_on(self, seq: Sequence) -> SlotRef | None:
-        """A fresh slot if the one that the sequence stands on is to be left as a snapshot."""
-        at, length = seq.num_planned, self.paragraph_len
-        if self._seed is None or at % length or self.num_available <= self._num_reserved:
-            return None
-        if at in seq.stops:
-            is_there = self.index.get(seq.chain[at // length]) is not None
-            return None if is_there else self._take_slot()
-        if at < seq.num_prompt_tokens:
-            return None
-        if self.pool.num_free == 0:
-            self._drop_turn(seq)
-        return self.pool.alloc()
-
-    def _index(self, seq: Sequence, left: FrozenSlot) -> None:
-        """Make a snapshot visible, or give its slot back if there is one of the same tokens."""
-        self._extend(seq, left.num_tokens)
-        digest = seq.chain[left.num_tokens // self.paragraph_len]
-        page = Page(digest, left.num_tokens, left.slot)
-        if not self.index.insert(page):
-            self.pool.release(left.slot)
-        elif left.num_tokens >= seq.num_prompt_tokens and left.num_tokens not in seq.stops:
-            self._drop_turn(seq)
-            seq.turn = page
-
-    def _drop_turn(self, seq: Sequence) -> None:
-        """Give up the sequence's snapshot before, unless it is gone or somebody has used it."""
-        page, seq.turn = seq.turn, None
-        if page is None or self.index.get(page.digest) is not page:
-            return
-        if not self.index.is_protected(page):
-            self._drop(page)
-
-    def _take_slot(self, spare: Page | None = None) -> SlotRef | None:
-        """A free slot, if need be that of the first snapshot in line that may go."""
-        if self.pool.num_free == 0:
-            victims = (page for page in self.index.victims() if page is not spare)
-            victim = next((page for page in victims if page.slot not in self._reading), None)
-            if victim is not None:
-                self._drop(victim)
-                self._num_evictions += 1
-        return self.pool.alloc()
-
-    def _drop(self, page: Page) -> None:
-        self.index.remove(page)
-        self.pool.release(page.slot)
-
-    def _hold(self, slot: SlotRef) -> None:
-        if slot not in self._reading:
+    def _begin_from(self, seq: Sequence, page: Page, slot: SlotRef | None) -> None:
+        """Let the first row read a page, from `slot` if it has one, else after a move."""
+        if slot is None:
+            slot = self._load(seq, page)
+        seq.origin = slot
+        if slot not in (seq.slot, self.pool.zero) and self.pool.is_current(slot):
             self.pool.retain(slot)
-            self._reading.add(slot)
+            seq.has_origin = True
+            self.tiers.read(slot)
+        self.tiers.touch(page)
+
+    def _load(self, seq: Sequence, page: Page) -> SlotRef:
+        """Copy a page to the device: to a slot of its own where there is one to spare, so that
+        the next one finds it there; else to the sequence's."""
+        assert seq.slot is not None
+        fresh = self.pool.alloc() if self.snapshots.has_spare_slot else None
+        self.tiers.load(page, fresh or seq.slot, promotes=fresh is not None)
+        return fresh or seq.slot
+
+    def _let_origin_go(self, seq: Sequence, *, is_read: bool = False) -> None:
+        if seq.origin is not None and seq.has_origin:
+            if is_read:
+                self.tiers.read(seq.origin)
+            self.pool.release(seq.origin)
+        seq.origin, seq.has_origin = None, False
+
+    def _give_back(self, seq: Sequence, slot: SlotRef | None) -> None:
+        if slot is not None:
+            self.pool.release(slot)
+        if seq.frame is not None:
+            self.tiers.release_frame(seq.frame)
+            seq.frame = None
+
+    def _swap_in(self, seq: Sequence) -> bool:
+        slot = self.tiers.take_slot()
+        if slot is None:
+            return False
+        assert seq.parked is not None, f"sequence {seq.seq_id} was swapped without a page"
+        self._matching.chain_up(seq)  # it may have begun in an earlier process
+        self.tiers.load(seq.parked, slot)
+        self._unpark(seq)
+        seq.slot, seq.is_loading = slot, True
+        return True
+
+    def _unpark(self, seq: Sequence) -> None:
+        page, seq.parked = seq.parked, None
+        if page is not None:
+            self.tiers.unhold(page)
+            self.tiers.drop(page)

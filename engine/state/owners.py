@@ -19,20 +19,24 @@ class PrefillOwners:
     def add(self, seq: Sequence) -> None:
         """A sequence begins; links that another is still to pass stay with that one."""
         for depth in range(seq.num_cached_tokens // self._paragraph_len + 1, len(seq.chain)):
-            owner = self._owners.get(seq.chain[depth])
-            if owner is None or not _may_leave(owner, depth * self._paragraph_len):
-                self._owners[seq.chain[depth]] = seq
+            self._own(seq, seq.chain[depth], depth * self._paragraph_len)
+        self._own(seq, seq.end_digest, seq.num_prompt_tokens)
 
     def remove(self, seq: Sequence) -> None:
-        for digest in seq.chain:
+        for digest in (*seq.chain, seq.end_digest):
             if self._owners.get(digest) is seq:
                 del self._owners[digest]
 
     def ask(self, seq: Sequence, least: int) -> Awaited | None:
         """Who will pass the deepest boundary of this prompt, at `least` tokens or beyond.
 
-        That one is asked to leave a snapshot there.
+        That one is asked to leave a snapshot there. The end of an equal prompt is best: nothing
+        is left to compute then.
         """
+        owner = self._owners.get(seq.end_digest)
+        if owner is not None and _is_equal(owner, seq) and _may_leave(owner, seq.num_prompt_tokens):
+            owner.expects_end = True
+            return Awaited(owner, seq.num_prompt_tokens)
         first = -(-least // self._paragraph_len)
         if first >= len(seq.chain) or seq.chain[first] not in self._owners:
             return None  # most prompts: whoever owns a deeper link owns this one
@@ -45,6 +49,11 @@ class PrefillOwners:
                 owner.stops.add(boundary)
                 return Awaited(owner, boundary)
         return None
+
+    def _own(self, seq: Sequence, digest: bytes, num_tokens: int) -> None:
+        owner = self._owners.get(digest)
+        if owner is None or not _may_leave(owner, num_tokens):
+            self._owners[digest] = seq
 
     def check(self, running: list[Sequence]) -> None:
         """Raise AssertionError if any invariant is broken."""
@@ -62,3 +71,8 @@ def _may_leave(owner: Sequence, num_tokens: int) -> bool:
     is_ahead = num_tokens >= owner.num_planned
     is_left = any(frozen.num_tokens == num_tokens for frozen in owner.frozen)
     return owner.status is SequenceStatus.RUNNING and (is_ahead or is_left)
+
+
+def _is_equal(owner: Sequence, seq: Sequence) -> bool:
+    """The prompts are the same; else one's end is a boundary that the other comes by."""
+    return owner.end_digest == seq.end_digest

@@ -1,0 +1,115 @@
+"""Matching: which page a prompt begins from, and whether it is there yet. Integers only."""
+
+from __future__ import annotations
+
+from engine.sequence import Sequence, SequenceStatus
+from engine.state.owners import PrefillOwners, is_awaiting
+from engine.state.page import Page
+from engine.state.prefix import PrefixIndex, extend, link, root
+from engine.state.tiers import PageTiers
+
+
+class Matching:
+    """`seed` names everything besides tokens and salt that a state depends on. None: prompts
+    begin from nothing, or from the state that they are to go on from."""
+
+    def __init__(
+        self,
+        tiers: PageTiers,
+        index: PrefixIndex,
+        owners: PrefillOwners,
+        seed: bytes | None,
+        *,
+        paragraph_len: int,
+        min_awaited_tokens: int,
+    ) -> None:
+        """`min_awaited_tokens`: what another's snapshot must save to be waited for."""
+        self._tiers = tiers
+        self._index = index
+        self._owners = owners
+        self._seed = seed
+        self._paragraph_len = paragraph_len
+        self._min_awaited_tokens = min_awaited_tokens
+
+    def match(self, seq: Sequence) -> tuple[Page | None, int]:
+        """The deepest page to begin from, and the tokens of the prompt that it saves.
+
+        All of them where the page has logits. A page of the cache that has to come from the disk
+        counts only for who has not asked there yet.
+        """
+        self.chain_up(seq)
+        if seq.num_prompt_tokens == 0:
+            return seq.base, 0
+        page = self._index.get(seq.end_digest)
+        if page is not None and page.has_logits and self._is_usable(seq, page):
+            return page, seq.num_prompt_tokens
+        for page, num_tokens in self._index.matches(seq.chain, seq.num_prompt_tokens - 1):
+            if self._is_usable(seq, page):
+                return page, num_tokens
+        return seq.base, 0
+
+    def must_wait(self, seq: Sequence) -> bool:
+        """What the sequence begins from is on its way: from another sequence, or from the disk.
+
+        Once per sequence for either, and the one waited for runs and the worker answers, so
+        nobody waits for ever: a state that the prompt goes on from is asked for until it is here.
+        """
+        if seq.status is SequenceStatus.SWAPPED:
+            return not seq.is_settled or not self._is_near(seq.parked)
+        if seq.max_tokens == 0 and self._lacks_frame(seq):
+            return True  # its state could not be kept; those who have the frames go on meanwhile
+        if self._seed is not None and (self._is_owned(seq) or self._is_fetching_better(seq)):
+            return True
+        return not self._is_near(self.match(seq)[0])
+
+    def _is_usable(self, seq: Sequence, page: Page) -> bool:
+        return page.slot is not None or page.frame is not None or not seq.has_fetched
+
+    def _is_near(self, page: Page | None) -> bool:
+        """The page can be begun from now. One that must be held and is in a file is asked for."""
+        if page is None or not page.exists or page.slot is not None or self._tiers.is_settled(page):
+            return True
+        if page.frame is None and not self._tiers.files.is_reading(page):
+            self._tiers.fetch(page)
+        return False
+
+    def _lacks_frame(self, seq: Sequence) -> bool:
+        """There is no frame for its state beside that of the page to begin from."""
+        page, _ = self.match(seq)
+        has_frame = page is not None and page in self._tiers.in_host
+        return self._tiers.num_frames_available <= has_frame
+
+    def _is_fetching_better(self, seq: Sequence) -> bool:
+        """The best page is in a file only: ask for it, once, if it saves enough."""
+        page, num_tokens = self.match(seq)
+        if page is None or page is seq.base or page.slot is not None or page.frame is not None:
+            return False
+        if self._tiers.files.is_reading(page):
+            return True
+        if num_tokens < self._tiers.files.min_tokens or not self._tiers.fetch(page):
+            seq.has_fetched = True  # go without it
+            return False
+        return True
+
+    def _is_owned(self, seq: Sequence) -> bool:
+        """Somebody is computing what this prompt begins with, and will leave it."""
+        if seq.awaited is None:
+            num_cached = self.match(seq)[1]
+            if num_cached == seq.num_prompt_tokens:
+                return False
+            least = num_cached + self._min_awaited_tokens
+            seq.awaited = self._owners.ask(seq, least)
+        return is_awaiting(seq)
+
+    def chain_up(self, seq: Sequence) -> None:
+        """Name the beginnings of its prompt, once."""
+        if self._seed is None or seq.chain:
+            return
+        base = b"" if seq.base is None else seq.base.digest
+        seq.chain.append(root(self._seed, seq.request.cache_salt, base))
+        extend(seq.chain, seq.tokens, seq.num_prompt_tokens, self._paragraph_len)
+        num_whole = (len(seq.chain) - 1) * self._paragraph_len
+        seq.end_digest = seq.chain[-1]
+        if num_whole < seq.num_prompt_tokens:
+            rest = seq.tokens(num_whole, seq.num_prompt_tokens)
+            seq.end_digest = link(seq.chain[-1], rest)
