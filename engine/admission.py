@@ -17,15 +17,29 @@ RECENT_S = 30.0  # older ones say nothing about now
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
 
 
-def check_request(request: EngineRequest, *, vocab_size: int, max_context_len: int) -> None:
-    """Raise InvalidRequest naming field, value and remedy.
+def check_request(
+    request: EngineRequest, *, vocab_size: int, max_context_len: int, has_start: bool = False
+) -> None:
+    """Raise InvalidRequest naming field, value and remedy. With `has_start` the prompt goes on
+    from a state that has logits and may be empty.
 
     `max_context_len` counts prompt and completion together, 0 means no limit; a prompt that
     leaves no room for one token raises ContextTooLong.
     """
     ids = request.prompt_ids
-    if not ids:
+    if not ids and request.state_id is not None and not has_start:
+        raise InvalidRequest(
+            "prompt_ids is empty, and the state has no logits to go on with: send a token at least",
+            "prompt_ids",
+        )
+    if not ids and not has_start:
         raise InvalidRequest("prompt_ids is empty: begin a document with token 0", "prompt_ids")
+    if request.state_id is not None and request.initial_state is not None:
+        raise InvalidRequest(
+            f"initial_state = {request.initial_state!r} and state_id exclude each other: a state"
+            " has begun already",
+            "initial_state",
+        )
     if max_context_len > 0 and len(ids) >= max_context_len:
         raise ContextTooLong(
             f"the prompt has {len(ids)} tokens, but max_context_len = {max_context_len} and the"
@@ -39,14 +53,15 @@ def check_request(request: EngineRequest, *, vocab_size: int, max_context_len: i
         )
     _check_ids("prompt_ids", ids, vocab_size)
     _check_cache_fields(request)
+    least = 1 if request.keep_state is None else 0
+    if request.sampling.max_tokens < least:
+        raise InvalidRequest(
+            f"max_tokens = {request.sampling.max_tokens}: must be at least {least}", "max_tokens"
+        )
     _check_sampling(request.sampling, vocab_size)
 
 
 def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
-    if sampling.max_tokens < 1:
-        raise InvalidRequest(
-            f"max_tokens = {sampling.max_tokens}: must be at least 1", "max_tokens"
-        )
     if not 0 <= sampling.temperature < math.inf:
         raise InvalidRequest(
             f"temperature = {sampling.temperature}: must be 0 (greedy) or more", "temperature"

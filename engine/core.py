@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from dataclasses import replace
-from itertools import count
 from time import perf_counter
 
-from engine.admission import ServiceRate, check_request
-from engine.client import RequestStream
+from engine.admission import check_request
+from engine.client import RequestStream, States
 from engine.errors import Draining, EngineDead, EngineError, InvalidRequest, Overloaded
+from engine.keeper import StateKeeper
+from engine.persistence import Persistence
 from engine.pipeline import Pipeline
 from engine.plan import Runner, StepPlan, StepResult
-from engine.response import Response
+from engine.responses import Responses
 from engine.scheduler import Scheduler
-from engine.sequence import Sequence
-from engine.state.cache import StateCache
-from engine.state.pool import SlotPool
+from engine.sequence import Sequence, SequenceStatus
+from engine.state.parts import StateParts
+from engine.step_stats import step_stats
 from engine.tokenizer import Tokenizer
 from engine.types import (
     EngineRequest,
@@ -31,12 +33,12 @@ from engine.types import (
     ModelInfo,
     OutputDelta,
     StatsSink,
-    StepStats,
 )
 
 logger = logging.getLogger(__name__)
 
 DEPTH = 2  # plans in flight: the device starts one while the loop handles the other's result
+SWEEP_S = 60.0
 CLOSE_TIMEOUT_S = 10.0  # then a device thread that does not stop is left behind
 
 
@@ -54,25 +56,30 @@ class EngineCore:
         limits: LiveLimits,
         stats: StatsSink | None = None,
         depth: int = DEPTH,
-        cache_seed: bytes | None = None,
+        parts: StateParts | None = None,
     ) -> None:
-        """`cache_seed` names what states depend on besides tokens; None: nothing is reused."""
-        cache = StateCache(SlotPool(info.num_slots), info.paragraph_len, cache_seed)
+        """Without `parts` nothing is reused, and states live on the device only."""
+        parts = parts or StateParts()
+        cache = parts.open_cache(info)
+        self._cache = cache
+        self._store = parts.open_store(info, cache)
         self._scheduler = Scheduler(cache, limits, max_batch_size=info.max_batch_size)
         self._info = info
         self._tokenizer = tokenizer
         self._stats = stats
-        self._seq_ids = count()
-        self._rate = ServiceRate()
-        self._responses: dict[str, Response] = {}  # by request_id, of everybody not finished
-        self._timers: dict[str, asyncio.TimerHandle] = {}
         self._wake = asyncio.Event()
+        self._responses = Responses(self._scheduler, self._store, tokenizer, stats, self._wake.set)
         self._pipeline = Pipeline(runner, depth, self._wake.set)
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._keeper = StateKeeper(
+            self._store, cache, parts.codec, self._wake.set, lambda: self._num_coming_states
+        )
+        self._persistence = Persistence(
+            parts.disk, cache, self._store, self._keeper, self._scheduler, self._wake.set
+        )
         self._is_accepting = True
         self._death: str | None = None
         self._task: asyncio.Task[None] | None = None
+        self._sweep_timer: asyncio.TimerHandle | None = None
         self._closing: asyncio.Task[None] | None = None
 
     @property
@@ -89,10 +96,16 @@ class EngineCore:
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
 
+    @property
+    def states(self) -> States:
+        return self._keeper
+
     def start(self) -> None:
         """Start the runner and the loop task. Called once, on the event loop."""
         assert self._task is None, "the engine is started once"
         self._pipeline.start()
+        self._persistence.start()
+        self._sweep()
         self._task = asyncio.create_task(self._run(), name=f"engine {self._info.model_name}")
 
     def submit(self, request: EngineRequest) -> RequestStream:
@@ -100,19 +113,47 @@ class EngineCore:
         self._check_acceptable(request)
         scheduler, limits = self._scheduler, self._scheduler.limits
         if scheduler.num_waiting - scheduler.num_admissible >= limits.max_waiting:
-            retry_s = self._rate.retry_after_s(scheduler.num_waiting, perf_counter())
+            retry_s = self._responses.rate.retry_after_s(scheduler.num_waiting, perf_counter())
             raise Overloaded(
                 f"{scheduler.num_waiting} requests wait already (max_waiting ="
                 f" {limits.max_waiting}): try again in {retry_s:.0f} s",
                 retry_s,
             )
+        if request.keep_state is not None:
+            self._store.check_room(self._num_coming_states)
         stream = RequestStream(request.request_id, self.abort)
         self._enqueue(request, stream)
         return stream
 
+    def resume(self, resume_id: str, owner: str, request_id: str) -> RequestStream:
+        """Go on with a suspended generation. Raises StateNotFound, Draining or EngineDead."""
+        self._check_open(request_id)
+        suspensions = self._persistence.suspensions
+        seq = suspensions.take(resume_id, owner, request_id, self._responses.next_seq_id())
+        stream = RequestStream(request_id, self.abort)
+        if seq.status is SequenceStatus.WAITING:
+            self._enqueue(seq.request, stream)
+            return stream
+        with suppress(InvalidRequest):  # needed only to keep the state at the end
+            seq.base = self._store.base_of(seq.request)
+            if seq.base is not None:
+                self._cache.tiers.hold(seq.base)
+        self._responses.begin(seq, stream).replay()
+        return stream
+
+    def rescan(self) -> None:
+        """Look for files that another replica has left since the start. Returns at once."""
+        self._persistence.rescan()
+
     def take_waiting(self) -> list[tuple[EngineRequest, RequestStream]]:
         """Hand over the requests that have not begun; this engine forgets them."""
-        taken = [self._forget(seq.request.request_id) for seq in self._scheduler.take_waiting()]
+        seals = [response.seal for response in self._responses if response.seal is not None]
+        taken = [
+            self._responses.remove(seq.request.request_id)
+            for seq in self._scheduler.take_waiting(staying=seals)
+        ]
+        for response in taken:
+            self._responses.let_base_go(response)
         return [(response.seq.request, response.stream) for response in taken]
 
     def adopt(self, request: EngineRequest, stream: RequestStream) -> None:
@@ -139,10 +180,7 @@ class EngineCore:
 
     def abort(self, request_id: str) -> None:
         """End a request now; its slot is free when this returns. Unknown ids are ignored."""
-        response = self._responses.get(request_id)
-        if response is None:
-            return
-        self._end(response, FinishReason.ABORT)
+        self._responses.abort(request_id)
 
     def reconfigure(self, limits: LiveLimits) -> None:
         """Change limits between two steps. Raises ValueError and keeps the old ones."""
@@ -161,14 +199,19 @@ class EngineCore:
             seconds_since_commit=self._pipeline.seconds_since_result,
         )
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests, finish the accepted ones; abort what is left. True if none was."""
+    async def drain(self, timeout_s: float, *, suspends: bool = False) -> bool:
+        """Refuse new requests, finish the accepted ones; abort what is left. True if none was.
+
+        With `suspends`, resumable ones go to the disk at once, where there is one.
+        """
         self._is_accepting = False
+        if suspends:
+            self._persistence.begin_suspending()
         try:
             async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
+                await self._responses.wait_until_empty()
         except TimeoutError:
-            self._abort_all()
+            self._responses.abort_all()
             return False
         return True
 
@@ -179,58 +222,85 @@ class EngineCore:
             self._closing = asyncio.create_task(self._shut_down())
         await asyncio.shield(self._closing)
 
-    def _check_acceptable(self, request: EngineRequest) -> None:
+    @property
+    def _num_coming_states(self) -> int:
+        """States that were promised and are not filed yet."""
+        return self._responses.num_promised_states + self._keeper.num_imports
+
+    def _check_open(self, request_id: str) -> None:
         if self._death is not None:
             raise EngineDead(f"{self._info.model_name} is out of service: {self._death}")
         if not self._is_accepting:
             raise Draining(f"{self._info.model_name} is shutting down and takes nothing new")
-        limits = self._scheduler.limits
-        check_request(
-            request, vocab_size=self._info.vocab_size, max_context_len=limits.max_context_len
-        )
-        if request.request_id in self._responses:
+        if request_id in self._responses:
             raise InvalidRequest(
-                f"request_id = {request.request_id!r} is in use by a request not yet finished",
+                f"request_id = {request_id!r} is in use by a request not yet finished",
                 "request_id",
             )
 
+    def _check_acceptable(self, request: EngineRequest) -> None:
+        self._check_open(request.request_id)
+        limits = self._scheduler.limits
+        base = self._store.base_of(request)
+        check_request(
+            request,
+            vocab_size=self._info.vocab_size,
+            max_context_len=limits.max_context_len if limits.rejects_long_context else 0,
+            has_start=base is not None and base.has_logits,
+        )
+        if request.keep_state is not None and self._info.num_frames == 0:
+            raise InvalidRequest("states need host memory: set host_state_mib", "keep_state")
+
     def _enqueue(self, request: EngineRequest, stream: RequestStream) -> None:
-        assert self._task is not None, "start the engine before it is given requests"
         max_tokens = request.sampling.max_tokens
-        context_len = self._scheduler.limits.max_context_len
-        if context_len > 0:
-            max_tokens = min(max_tokens, context_len - len(request.prompt_ids))
-        seq = Sequence(next(self._seq_ids), request, max_tokens)
-        self._responses[request.request_id] = Response(seq, stream, self._tokenizer)
-        self._scheduler.add(seq)
-        if request.timeout_s is not None:
-            left_s = stream.submitted_s + request.timeout_s - perf_counter()
-            loop = asyncio.get_running_loop()
-            self._timers[request.request_id] = loop.call_later(
-                left_s, self.abort, request.request_id
-            )
-        self._idle.clear()
+        limits = self._scheduler.limits
+        if limits.max_context_len > 0 and limits.rejects_long_context:
+            max_tokens = min(max_tokens, limits.max_context_len - len(request.prompt_ids))
+        base = self._store.base_of(request)
+        if base is not None:
+            self._cache.tiers.hold(base)
+        self._responses.begin(
+            Sequence(self._responses.next_seq_id(), request, max_tokens, base), stream
+        )
+
+    def _sweep(self) -> None:
+        """Now and then: states that have expired go, though nobody asks for them."""
+        self._store.sweep()
         self._wake.set()
+        self._sweep_timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
 
     async def _run(self) -> None:
         try:
             while self._death is None:
                 await self._wake.wait()
                 self._wake.clear()
+                self._persistence.finish_jobs()
                 self._commit_results()
+                self._suspend()
                 self._plan_ahead()
+                self._persistence.hand_out_jobs()
                 if not self._responses and self._pipeline.is_empty:
                     self._scheduler.check()
         except Exception as error:
             logger.exception("the loop of %s failed", self._info.model_name)
             self._die(f"{type(error).__name__}: {error}")
 
+    def _suspend(self) -> None:
+        """Tell the readers of those that are on the disk by now."""
+        seqs = [response.seq for response in self._responses]
+        for resume_id, seq in self._persistence.suspend(seqs):
+            self._scheduler.finish(seq, FinishReason.SUSPENDED)
+            self._responses.settle(self._responses[seq.request.request_id], resume_id=resume_id)
+
     def _plan_ahead(self) -> None:
         while self._death is None and self._pipeline.has_room:
             plan = self._scheduler.plan()
+            if plan is not None:
+                self._pipeline.submit(plan)
+            for progress in self._scheduler.take_ended():
+                self._responses.progress(progress, perf_counter())
             if plan is None:
                 return
-            self._pipeline.submit(plan)
 
     def _commit_results(self) -> None:
         while (pair := self._pipeline.take()) is not None:
@@ -246,62 +316,32 @@ class EngineCore:
         now_s = perf_counter()
         gaps_s = []
         for progress in self._scheduler.commit(plan, result):
-            response = self._responses[progress.seq.request.request_id]
-            if progress.token_id is not None:
-                gap_s = response.add_token(progress.token_id, now_s)
-                if gap_s is not None:
-                    gaps_s.append(gap_s)
-            if response.has_matched_stop:
-                self._end(response, FinishReason.STOP)
-            elif progress.seq.is_finished:
-                self._settle(response)
+            gap_s = self._responses.progress(progress, now_s)
+            if gap_s is not None:
+                gaps_s.append(gap_s)
+        self._keeper.changed()
         if self._stats is not None:
             self._stats.on_step(step_stats(plan, result, gaps_s))
-
-    def _end(self, response: Response, reason: FinishReason, error: str | None = None) -> None:
-        """Finish a request, whatever its sequence is doing."""
-        try:
-            if not response.seq.is_finished:
-                self._scheduler.finish(response.seq, reason, error)
-        finally:  # even with broken books the reader must be told
-            self._settle(response)
-
-    def _settle(self, response: Response) -> None:
-        """A sequence has finished: tell its reader and the statistics."""
-        now_s = perf_counter()
-        self._forget(response.request_id)
-        self._rate.count_end(now_s)
-        stats = response.finish(now_s)
-        if self._stats is not None:
-            self._stats.on_request(stats)
-        self._wake.set()  # its slot may let somebody in
-
-    def _forget(self, request_id: str) -> Response:
-        timer = self._timers.pop(request_id, None)
-        if timer is not None:
-            timer.cancel()
-        response = self._responses.pop(request_id)
-        if not self._responses:
-            self._idle.set()
-        return response
 
     def _die(self, error: str) -> None:
         """The device, or this engine, cannot go on: fail everybody, accept nobody."""
         self._death = error
+        self._keeper.stop(f"{self._info.model_name} is out of service: {error}")
         self._pipeline.forget()
-        for response in list(self._responses.values()):
+        for response in list(self._responses):
             try:
-                self._end(response, FinishReason.ERROR, f"the engine died: {error}")
+                self._responses.end(response, FinishReason.ERROR, f"the engine died: {error}")
             except Exception:
                 logger.exception("%s could not be ended in order", response.request_id)
 
-    def _abort_all(self) -> None:
-        for request_id in list(self._responses):
-            self.abort(request_id)
-
     async def _shut_down(self) -> None:
-        self._abort_all()
+        self._responses.abort_all()
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
         if self._task is not None:
+            if self._death is None:
+                await self._persistence.save()
+            self._keeper.stop(f"{self._info.model_name} is closed")
             self._task.cancel()
             await asyncio.wait([self._task])
         if not await self._pipeline.close(CLOSE_TIMEOUT_S):
@@ -310,14 +350,5 @@ class EngineCore:
                 self._info.model_name,
                 CLOSE_TIMEOUT_S,
             )
-
-
-def step_stats(plan: StepPlan, result: StepResult, gaps_s: list[float]) -> StepStats:
-    prefill = [row.num_tokens for row in plan.rows if row.tokens is not None]
-    return StepStats(
-        duration_s=result.duration_s,
-        num_decode_rows=len(plan.rows) - len(prefill),
-        num_prefill_rows=len(prefill),
-        num_prefill_tokens=sum(prefill),
-        inter_token_s=tuple(gaps_s),
-    )
+        if not await self._persistence.close(CLOSE_TIMEOUT_S):
+            logger.error("the disk of %s did not finish and is left behind", self._info.model_name)

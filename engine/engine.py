@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Sequence
 from hashlib import blake2b
+from io import BytesIO
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +24,14 @@ from engine.model.weights import dummy_model, fingerprint, load_model
 from engine.plan import ZERO_SLOT, Row, SeatStart, SlotRef, StepPlan
 from engine.runner import ModelRunner
 from engine.sampler import Sampler
+from engine.state.disk import PageDisk, folder_of
+from engine.state.frames import HostFrames
 from engine.state.layout import PageLayout
+from engine.state.page import PageFile
+from engine.state.pagefile import PageFormat, digest_of
+from engine.state.parts import StateParts
 from engine.state.storage import StateStorage
+from engine.state.tuned import load_tuned
 from engine.tokenizer import Tokenizer
 from engine.types import (
     EngineRequest,
@@ -33,6 +40,9 @@ from engine.types import (
     SamplingParams,
     StatsSink,
 )
+
+MIB = 2**20
+MIN_OTHER_FRAMES = 4  # beside those of initial states: to swap, to load, to save
 
 
 def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
@@ -50,15 +60,11 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
             f"tokenizer_vocab_path: {table.tokenizer_vocab_path} has ids up to "
             f"{tokenizer.vocab_size - 1}, the model only {model.dims.vocab_size} tokens"
         )
-    layout = PageLayout(
-        num_cells=model.dims.num_cells,
-        num_heads=model.dims.num_heads,
-        head_size=model.dims.head_size,
-        wkv_dtype="float64" if dtype == torch.float64 else "float32",
-        shift_dtype=str(dtype).removeprefix("torch."),
-    )
+    layout = model.layout
     num_slots = table.resolved_num_state_slots
-    storage = StateStorage(layout, num_slots, device)
+    num_frames = table.host_state_mib * MIB // layout.page_bytes
+    frames = HostFrames(layout, num_frames, is_pinned=device.type == "cuda")
+    storage = StateStorage(layout, num_slots, device, frames)
     sampler = Sampler(
         num_seats=table.max_batch_size,
         banned_ids=tokenizer.ids_without_text(model.dims.vocab_size),
@@ -68,9 +74,14 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
     runner = ModelRunner(model, storage, sampler, table.max_batch_size, num_threads)
     _warm_up(runner)
     model_fingerprint = fingerprint(model)
-    cache_seed = None
-    if table.enable_prefix_cache:
-        cache_seed = seed_of(model_fingerprint, layout, tokenizer)
+    seed = seed_of(model_fingerprint, layout, tokenizer)
+    page_format = PageFormat(layout, model_fingerprint, tokenizer.fingerprint)
+    parts = StateParts(
+        seed=seed if table.enable_prefix_cache else None,
+        disk=open_disk(table, seed, frames, page_format),
+        codec=HostCodec(page_format, frames),
+        tuned=load_initial_states(table, page_format, frames),
+    )
     info = ModelInfo(
         model_name=table.model_name,
         num_parameters=sum(p.numel() for p in model.parameters()),
@@ -85,9 +96,64 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
         max_batch_tokens=table.resolved_max_batch_tokens,
         paragraph_len=table.paragraph_len,
         max_context_len=table.max_context_len,
+        initial_states=tuple(parts.tuned),
+        num_frames=num_frames,
+        num_files=0 if parts.disk is None else table.disk_state_mib * MIB // layout.page_bytes,
     )
-    limits = limits_of(table)
-    return EngineCore(info, tokenizer, runner, limits, stats, cache_seed=cache_seed)
+    return EngineCore(info, tokenizer, runner, limits_of(table), stats, parts=parts)
+
+
+def open_disk(
+    table: ModelTable, seed: bytes, frames: HostFrames, page_format: PageFormat
+) -> PageDisk | None:
+    """The folder of this model in `state_dir`. Raises InvalidRequest if it cannot be used."""
+    if table.state_dir is None:
+        return None
+    return PageDisk(
+        folder_of(table.state_dir, seed),
+        frames,
+        page_format.layout,
+        page_format.model_fingerprint,
+        page_format.tokenizer_fingerprint,
+    )
+
+
+def load_initial_states(
+    table: ModelTable, page_format: PageFormat, frames: HostFrames
+) -> dict[str, PageFile]:
+    """The tuned states by name, in the lowest frames in order. Raises StateMismatch."""
+    found = {}
+    if len(table.initial_states) + MIN_OTHER_FRAMES > frames.num_frames and table.initial_states:
+        raise InvalidRequest(
+            f"host_state_mib = {table.host_state_mib} has room for {frames.num_frames} states: too"
+            f" few for {len(table.initial_states)} initial_states and any other; raise it",
+            "host_state_mib",
+        )
+    for number, path in enumerate(table.initial_states, start=1):
+        state = load_tuned(path, page_format)
+        tensors = frames.frame_tensors(number)
+        for name, tensor in state.tensors.items():
+            tensors[name].copy_(tensor)
+        found[path.stem] = PageFile(state.digest, 0, has_logits=False)
+    return found
+
+
+class HostCodec:
+    """Pages in frames to and from the bytes of an exported file: a FrameCodec."""
+
+    def __init__(self, page_format: PageFormat, frames: HostFrames) -> None:
+        self._format = page_format
+        self._frames = frames
+
+    def encode(self, file: PageFile, frame: SlotRef) -> bytes:
+        return self._format.encode(file, self._frames.frame_tensors(frame.slot))
+
+    def decode(self, data: bytes, frame: SlotRef) -> PageFile:
+        tensors = self._frames.frame_tensors(frame.slot)
+        file = self._format.read(BytesIO(data), tensors)
+        if not file.has_logits:
+            del tensors["logits"]
+        return PageFile(digest_of(tensors), file.num_tokens, file.has_logits)
 
 
 def seed_of(model_fingerprint: str, layout: PageLayout, tokenizer: Tokenizer) -> bytes:
@@ -149,8 +215,10 @@ class Engine:
             ...
     """
 
-    def __init__(self, core: EngineCore) -> None:
+    def __init__(self, core: EngineCore, initial_state: str | None = None) -> None:
+        """`initial_state`: name of the tuned state that prompts begin from, None = zeros."""
         self.core = core
+        self._initial_state = initial_state
         self._ids = count()
 
     @classmethod
@@ -159,7 +227,7 @@ class Engine:
     ) -> Engine:
         """The first model of config/infer/NAME.toml."""
         cfg = load_infer(Path(config_dir), name, overrides)
-        return cls(build(cfg.models[0]))
+        return cls(build(cfg.models[0]), cfg.models[0].initial_state)
 
     async def __aenter__(self) -> Engine:
         self.core.start()
@@ -183,6 +251,7 @@ class Engine:
                 request_id=f"local-{os.getpid()}-{next(self._ids)}",
                 prompt_ids=ids,
                 sampling=sampling or SamplingParams(),
+                initial_state=self._initial_state,
             )
         )
         try:

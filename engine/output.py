@@ -7,7 +7,7 @@ of the text as long as it can still become a stop string.
 from __future__ import annotations
 
 from codecs import getincrementaldecoder
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from engine.tokenizer import Tokenizer
 
@@ -24,6 +24,7 @@ class TextOutput:
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
         """Raises ValueError for a stop string that has no UTF-8 form (a lone surrogate)."""
         self.matched_stop: str | None = None
+        self.num_emitted_bytes = 0  # certain to be text; up to the stop string where one was found
         self._token_bytes = tokenizer.token_bytes
         self._decode = getincrementaldecoder("utf-8")("replace").decode
         self._scanner = StopScanner(map(_stop_bytes, filter(None, stop))) if any(stop) else None
@@ -37,6 +38,7 @@ class TextOutput:
         assert self.matched_stop is None, "a token behind the stop string"
         token = self._token_bytes(token_id)
         if self._scanner is None:
+            self.num_emitted_bytes += len(token)
             return self._decode(token)
         match, num_held = self._scanner.scan(token)
         text = self._held + token
@@ -44,8 +46,10 @@ class TextOutput:
             distance, stop = match
             self.matched_stop = stop.decode()
             self._held = b""
+            self.num_emitted_bytes += len(text) - distance
             return self._decode(text[: len(text) - distance], True)
         certain = len(text) - num_held
+        self.num_emitted_bytes += certain
         self._held = text[certain:]
         return self._decode(text[:certain])
 
@@ -56,6 +60,19 @@ class TextOutput:
         """
         held, self._held = self._held, b""
         return self._decode(held, True)
+
+
+def first_bytes(tokenizer: Tokenizer, ids: Sequence[int], num_bytes: int) -> list[int]:
+    """The tokens of the first `num_bytes` bytes of a text; what is left of a token that is cut
+    there comes in tokens of its own."""
+    kept: list[int] = []
+    for token_id in ids:
+        token = tokenizer.token_bytes(token_id)
+        if len(token) > num_bytes:
+            return kept + tokenizer.encode_bytes(token[:num_bytes])
+        kept.append(token_id)
+        num_bytes -= len(token)
+    return kept
 
 
 class StopScanner:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections import deque
 from collections.abc import Callable
 from time import perf_counter
 
 from engine.plan import Runner, StepPlan, StepResult
+from engine.stopping import stop_in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -71,32 +71,9 @@ class Pipeline:
         self._results.clear()
 
     async def close(self, timeout_s: float) -> bool:
-        """Stop the runner; False if it did not stop in time and was left behind.
-
-        The stop blocks, so it gets a thread; a daemon, because a device that hangs must not
-        keep the process alive.
-        """
+        """Stop the runner; False if it did not stop in time and was left behind."""
         self.forget()
-        loop = asyncio.get_running_loop()
-        closed = asyncio.Event()
-
-        def close() -> None:
-            try:
-                self._runner.close()
-            except Exception:
-                logger.exception("the runner failed to close")
-            try:
-                loop.call_soon_threadsafe(closed.set)
-            except RuntimeError:
-                logger.warning("the runner stopped after the event loop")
-
-        threading.Thread(target=close, name="runner close", daemon=True).start()
-        try:
-            async with asyncio.timeout(timeout_s):
-                await closed.wait()
-        except TimeoutError:
-            return False
-        return True
+        return await stop_in_thread(self._runner.close, "runner close", timeout_s)
 
     def _receive(self, result: StepResult) -> None:
         """Called by the runner, from any thread."""

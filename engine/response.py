@@ -6,11 +6,21 @@ the scheduler and the core.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engine.client import RequestStream
-from engine.output import TextOutput
+from engine.output import TextOutput, first_bytes
 from engine.sequence import Sequence
+from engine.state.page import Page
 from engine.tokenizer import Tokenizer
-from engine.types import FinishReason, OutputDelta, RequestStats
+from engine.types import (
+    EngineRequest,
+    FinishReason,
+    OutputDelta,
+    RequestStats,
+    SamplingParams,
+    StateInfo,
+)
 
 
 class Response:
@@ -21,6 +31,10 @@ class Response:
         self.stream = stream
         self._output = TextOutput(tokenizer, seq.request.sampling.stop)
         self._held_ids: list[int] = []  # tokens whose text cannot be shown yet
+        self._num_shown_logprobs = 0
+        self.base: Page | None = None  # held: what the state to keep goes on from
+        self.seal: Sequence | None = None  # computes the state to keep, after the answer
+        self.state: StateInfo | None = None  # what was kept
         self._first_token_s: float | None = None
         self._last_token_s: float | None = None
 
@@ -32,6 +46,20 @@ class Response:
     def has_matched_stop(self) -> bool:
         """A stop string was found: the request is to end here."""
         return self._output.matched_stop is not None
+
+    def replay(self) -> None:
+        """Be where a suspended answer was: what its tokens said was delivered then."""
+        for token_id in self.seq.output_ids:
+            if token_id not in self.seq.request.sampling.stop_token_ids:
+                self._output.push(token_id)
+        self._num_shown_logprobs = len(self.seq.logprobs)
+
+    def seal_request(self, tokenizer: Tokenizer) -> EngineRequest:
+        """What computes the state after the last emitted token: a prompt without an answer."""
+        request = self.seq.request
+        ids = (*request.prompt_ids, *self._kept_ids(tokenizer))
+        sampling = SamplingParams(temperature=0.0, max_tokens=0)
+        return replace(request, prompt_ids=ids, sampling=sampling, snapshot_hints=())
 
     def add_token(self, token_id: int, now_s: float) -> float | None:
         """Take a drawn token; deliver text as far as it is safe to show.
@@ -47,19 +75,30 @@ class Response:
             self._put(self._output.push(token_id))
         return gap_s
 
-    def finish(self, now_s: float) -> RequestStats:
-        """Deliver the last delta of a finished sequence."""
+    def finish(
+        self, now_s: float, error: str | None = None, resume_id: str | None = None
+    ) -> RequestStats:
+        """Deliver the last delta of a finished sequence.
+
+        With `error` it fails after all; with `resume_id` it was suspended, and text that waits
+        for more is not given out: it comes when the answer goes on.
+        """
         reason = self.seq.finish_reason
         assert reason is not None, f"{self.request_id} is not finished"
         text = ""
         if self.has_matched_stop:
-            reason = FinishReason.STOP  # also when that token was the last of max_tokens
-        else:
+            if reason is not FinishReason.ABORT:  # of the state that was to be kept
+                reason = FinishReason.STOP  # also when that token was the last of max_tokens
+        elif resume_id is None:
             text = self._output.finish()
-        self._put(text, reason)
+        if error is not None:
+            reason, self.seq.error = FinishReason.ERROR, error
+        self._put(text, reason, resume_id)
         return self._stats(reason, now_s)
 
-    def _put(self, text: str, reason: FinishReason | None = None) -> None:
+    def _put(
+        self, text: str, reason: FinishReason | None = None, resume_id: str | None = None
+    ) -> None:
         if not text and reason is None:
             return
         seq = self.seq
@@ -72,8 +111,13 @@ class Response:
             num_output_tokens=len(seq.output_ids),
             num_cached_tokens=seq.num_cached_tokens,
             error=seq.error if reason is FinishReason.ERROR else None,
+            logprobs=tuple(seq.logprobs[self._num_shown_logprobs :]),
+            num_state_tokens=seq.num_base_tokens,
+            state=None if reason is None else self.state,
+            resume_id=resume_id,
         )
         self._held_ids.clear()
+        self._num_shown_logprobs = len(seq.logprobs)
         self.stream.put(delta)
 
     def _stats(self, reason: FinishReason, now_s: float) -> RequestStats:
@@ -89,3 +133,11 @@ class Response:
             time_to_first_token_s=None if first_s is None else first_s - submitted_s,
             latency_s=now_s - submitted_s,
         )
+
+    def _kept_ids(self, tokenizer: Tokenizer) -> list[int]:
+        """The tokens whose text was emitted."""
+        stop_ids = self.seq.request.sampling.stop_token_ids
+        ids = [token for token in self.seq.output_ids if token not in stop_ids]
+        if not self.has_matched_stop:
+            return ids
+        return first_bytes(tokenizer, ids, self._output.num_emitted_bytes)
