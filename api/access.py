@@ -6,28 +6,39 @@ on every answer, errors included.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 
 from api.errors import ApiError, Headers
 
 OPEN_PATHS = frozenset({"/", "/health", "/health/live", "/health/ready", "/metrics"})
-ALLOWED_METHODS = b"GET, POST, DELETE, OPTIONS"
+ALLOWED_METHODS = b"GET, POST, PATCH, DELETE, OPTIONS"
 ALLOWED_HEADERS = b"authorization, content-type, x-request-id"
 EXPOSED_HEADERS = b"x-request-id, retry-after"
 PREFLIGHT_MAX_AGE_S = 600
+OWNER_HASH_KEY = b"owner of states"  # the same for ever: states outlive the process
 
 
 def check_api_key(api_key: str | None, path: str, headers: Headers) -> None:
     """Raise ApiError 401 unless the Authorization header holds the key, with or without Bearer."""
     if api_key is None or path in OPEN_PATHS:
         return
-    given = header(headers, b"authorization")
-    if given is None:
+    token = _presented_key(headers)
+    if token is None:
         raise _unauthorized("send the API key in the Authorization header: Bearer YOUR_KEY")
-    scheme, _, token = given.partition(b" ")
-    token = token.strip() if scheme.lower() == b"bearer" else given.strip()
     if not hmac.compare_digest(token, api_key.encode()):
         raise _unauthorized("the API key in the Authorization header is wrong")
+
+
+def owner_of(api_key: str | None, headers: Headers) -> str:
+    """Whose states a request may use: 32 hex digits that follow from the key that it presents.
+
+    "" on an open server, where all states are everybody's. Asked after `check_api_key`.
+    """
+    token = None if api_key is None else _presented_key(headers)
+    if token is None:
+        return ""
+    return hashlib.blake2b(token, digest_size=16, key=OWNER_HASH_KEY).hexdigest()
 
 
 def cors_headers(allowed_origins: tuple[str, ...] | None, headers: Headers) -> Headers:
@@ -64,6 +75,14 @@ def preflight_headers(allowed_origins: tuple[str, ...] | None, headers: Headers)
 def header(headers: Headers, name: bytes) -> bytes | None:
     """The first header of that (lower-case) name."""
     return next((value for key, value in headers if key == name), None)
+
+
+def _presented_key(headers: Headers) -> bytes | None:
+    given = header(headers, b"authorization")
+    if given is None:
+        return None
+    scheme, _, token = given.partition(b" ")
+    return token.strip() if scheme.lower() == b"bearer" else given.strip()
 
 
 def _unauthorized(message: str) -> ApiError:

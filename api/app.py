@@ -18,6 +18,8 @@ from api.routes.health import health_routes
 from api.routes.index import index_routes
 from api.routes.models import model_routes
 from api.routes.route import Route
+from api.routes.state_creation import state_creation_routes
+from api.routes.states import state_routes
 from api.service import Service
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -36,6 +38,8 @@ async def create_app(service: Service, reloader: Reloader) -> LifetimeGuard:
         *index_routes(service),
         *chat_routes(service),
         *completion_routes(service),
+        *state_creation_routes(service),
+        *state_routes(service),
         *model_routes(service),
         *admin_routes(service, reloader),
         *health_routes(service),

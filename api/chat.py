@@ -29,6 +29,8 @@ ROLE_OF_NAME: dict[str, Role] = {
     "developer": "system",
     "tool": "tool",
 }
+OPENINGS: dict[Template, str] = {"g1": "Assistant:", "rwkv-rs": "Assistant: <think>\n"}
+SEPARATOR = "\n\n"
 # The model opens the user's next turn instead of ending the document. The longer one takes the
 # blank line before it away as well: where two stop strings match, the earlier match wins.
 DEFAULT_STOPS: dict[Template, tuple[str, ...]] = {"g1": ("\n\nUser:", "\nUser:"), "rwkv-rs": ()}
@@ -42,13 +44,36 @@ class ChatMessage:
     text: str
 
 
-def render(messages: Sequence[ChatMessage], template: Template) -> str:
-    """The prompt, without the begin-of-document token."""
-    if template == "rwkv-rs":
-        blocks = [f"{LABELS[message.role]}: {message.text}" for message in messages]
-        return "\n\n".join([*blocks, "Assistant: <think>\n"])
-    blocks = [_block(LABELS[message.role], collapse(message.text)) for message in messages]
-    return "\n\n".join([*blocks, "Assistant:"])
+@dataclass(frozen=True, slots=True)
+class ChatText:
+    """A rendered conversation. `starts` are numbers of characters: what precedes each message."""
+
+    text: str
+    starts: tuple[int, ...]
+
+
+def render(
+    messages: Sequence[ChatMessage],
+    template: Template,
+    *,
+    is_continuation: bool = False,
+    asks_answer: bool = True,
+) -> ChatText:
+    """The prompt, without the begin-of-document token.
+
+    A continuation follows a text that ends with a message, or with an answer as far as it was
+    given; what it adds makes the text of the whole conversation. With `asks_answer` the prompt
+    ends where the assistant begins to speak.
+    """
+    blocks = [_block(message, template) for message in messages]
+    if asks_answer:
+        blocks.append(OPENINGS[template])
+    lead = SEPARATOR if is_continuation and blocks else ""
+    starts, position = [], len(lead)
+    for block in blocks[: len(messages)]:
+        starts.append(position)
+        position += len(block) + len(SEPARATOR)
+    return ChatText(lead + SEPARATOR.join(blocks), tuple(starts))
 
 
 def collapse(text: str) -> str:
@@ -57,5 +82,9 @@ def collapse(text: str) -> str:
     return BLANK_LINES.sub("\n", text).strip()
 
 
-def _block(label: str, text: str) -> str:
+def _block(message: ChatMessage, template: Template) -> str:
+    label = LABELS[message.role]
+    if template == "rwkv-rs":
+        return f"{label}: {message.text}"
+    text = collapse(message.text)
     return f"{label}: {text}" if text else f"{label}:"

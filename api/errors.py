@@ -13,6 +13,9 @@ from engine.errors import (
     EngineError,
     InvalidRequest,
     Overloaded,
+    StateMismatch,
+    StateNotFound,
+    StatesFull,
 )
 
 INVALID_REQUEST = "invalid_request_error"
@@ -23,7 +26,9 @@ TYPE_OF_STATUS = {
     429: "rate_limit_error",
     500: SERVER_ERROR,
     503: SERVER_ERROR,
+    507: SERVER_ERROR,
 }
+FIELD_OF_ENGINE = {"state_id": "state", "resume_id": "resume", "keep_state": "return_state"}
 DRAIN_RETRY_AFTER_S = 1
 
 Headers = tuple[tuple[bytes, bytes], ...]
@@ -74,17 +79,34 @@ def draining() -> ApiError:
     )
 
 
-def from_engine(error: EngineError) -> ApiError:
-    """What a client is told about an engine's refusal or failure."""
+def state_not_found(message: str, param: str | None = None) -> ApiError:
+    """Unknown, expired or another owner's; which of these is not told."""
+    return ApiError(404, message, param=param, code="state_not_found")
+
+
+def from_engine(error: EngineError, prompt_field: str = "prompt") -> ApiError:
+    """What a client is told about an engine's refusal or failure.
+
+    The engine's names of fields become those of the request, where the prompt is `prompt_field`.
+    """
+    field = error.field if isinstance(error, InvalidRequest) else None
+    if field is not None:
+        field = prompt_field if field == "prompt_ids" else FIELD_OF_ENGINE.get(field, field)
     match error:
         case ContextTooLong():
-            return invalid(str(error), error.field, "context_length_exceeded")
+            return invalid(str(error), field, "context_length_exceeded")
+        case StateNotFound():
+            return state_not_found(str(error), field)
+        case StateMismatch():
+            return invalid(str(error), field, "state_mismatch")
         case InvalidRequest():
-            return invalid(str(error), error.field)
+            return invalid(str(error), field)
         case Overloaded():
             retry_after_s = max(1, math.ceil(error.retry_after_s))
             header = (b"retry-after", b"%d" % retry_after_s)
             return ApiError(429, str(error), code="queue_full", headers=(header,))
+        case StatesFull():
+            return ApiError(507, str(error), code="states_full")
         case Draining():
             return draining()
         case EngineDead():

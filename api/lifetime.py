@@ -18,7 +18,14 @@ from typing import Any, cast
 
 from blacksheep import Request
 
-from api.access import OPEN_PATHS, check_api_key, cors_headers, header, preflight_headers
+from api.access import (
+    OPEN_PATHS,
+    check_api_key,
+    cors_headers,
+    header,
+    owner_of,
+    preflight_headers,
+)
 from api.errors import ApiError, Headers
 from config import InferConfig
 
@@ -42,10 +49,11 @@ class ClientGone(Exception):
 class Lifetime:
     """What a route may know of its request's life. Found in the ASGI scope at LIFETIME_KEY."""
 
-    __slots__ = ("_callbacks", "request_id")
+    __slots__ = ("_callbacks", "owner", "request_id")
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, owner: str) -> None:
         self.request_id = request_id
+        self.owner = owner  # whose states it may use
         self._callbacks: list[Callable[[], None]] = []
 
     def on_end(self, callback: Callable[[], None]) -> None:
@@ -86,7 +94,8 @@ class LifetimeGuard:
                 return
             check_api_key(config.api_key, scope["path"], headers)
             body = await _read_body(receive, headers, config.request_body_limit_bytes)
-            await self._run(scope, body, receive, answer)
+            lifetime = Lifetime(answer.request_id, owner_of(config.api_key, headers))
+            await self._run(scope, lifetime, body, receive, answer)
         except ApiError as error:
             await _refuse(error, receive, answer)
         except ClientGone:
@@ -104,11 +113,13 @@ class LifetimeGuard:
                 answer.request_id,
             )
 
-    async def _run(self, scope: Message, body: bytes, receive: Receive, answer: Answer) -> None:
+    async def _run(
+        self, scope: Message, lifetime: Lifetime, body: bytes, receive: Receive, answer: Answer
+    ) -> None:
         """Run the routes; raise ClientGone as soon as the client has gone."""
         handler = asyncio.current_task()
         assert handler is not None, "ASGI applications run in a task"
-        lifetime = scope[LIFETIME_KEY] = Lifetime(answer.request_id)
+        scope[LIFETIME_KEY] = lifetime
         is_gone = False
 
         async def watch() -> None:

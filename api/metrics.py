@@ -24,7 +24,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from api.stats import Histogram, ModelStats
-from engine.types import EngineSnapshot
+from engine.types import CacheStats, EngineSnapshot
 
 Replicas = Sequence[EngineSnapshot]  # of one model: the active one, and those being retired
 Snapshots = Callable[[], Mapping[str, Replicas]]
@@ -88,6 +88,10 @@ CACHE_COUNTERS: tuple[tuple[Series, Callable[[Replicas], float]], ...] = (
         Series("snapshot_evictions", None, "Snapshots given up for room."),
         lambda replicas: sum(replica.cache.num_evictions for replica in replicas),
     ),
+    (
+        Series("preemptions", "num_preemptions", "Running sequences that gave way to others."),
+        lambda replicas: sum(replica.cache.num_preemptions for replica in replicas),
+    ),
 )
 COUNTERS: tuple[tuple[Series, Callable[[ModelStats], float]], ...] = (
     (
@@ -149,6 +153,17 @@ HISTOGRAMS: tuple[tuple[Series, Callable[[ModelStats], Histogram]], ...] = (
         lambda stats: stats.step_tokens,
     ),
 )
+TIERS: Mapping[str, Callable[[CacheStats], int]] = {
+    "device": lambda cache: cache.num_device_pages,
+    "host": lambda cache: cache.num_host_pages,
+    "disk": lambda cache: cache.num_disk_pages,
+}
+MOVES: Mapping[str, Callable[[CacheStats], int]] = {
+    "store": lambda cache: cache.num_stores,
+    "load": lambda cache: cache.num_loads,
+    "write": lambda cache: cache.num_disk_writes,
+    "read": lambda cache: cache.num_disk_reads,
+}
 REQUESTS = Series("requests", "request_success", "Finished requests.")
 
 
@@ -220,6 +235,13 @@ class Scrape(Collector):
             slots.add_metric([model_name, "used"], num_used)
             slots.add_metric([model_name, "free"], _num_slots(replicas) - num_used)
         yield slots
+        pages = GaugeMetricFamily(
+            "rwkv_state_pages", "States that lie in a tier.", labels=["model_name", "tier"]
+        )
+        for model_name, replicas in self.snapshots.items():
+            for tier, num_pages in TIERS.items():
+                pages.add_metric([model_name, tier], sum(num_pages(r.cache) for r in replicas))
+        yield pages
 
     def _counters(self) -> Iterator[Metric]:
         for series, read_all in CACHE_COUNTERS:
@@ -228,6 +250,13 @@ class Scrape(Collector):
                 for model_name, replicas in self.snapshots.items():
                     counter.add_metric([model_name, *labels.values()], read_all(replicas))
                 yield counter
+        moves = CounterMetricFamily(
+            "rwkv_page_moves", "States copied between tiers.", labels=["model_name", "kind"]
+        )
+        for model_name, replicas in self.snapshots.items():
+            for kind, num_moves in MOVES.items():
+                moves.add_metric([model_name, kind], sum(num_moves(r.cache) for r in replicas))
+        yield moves
         for series, read in COUNTERS:
             for name, labels in series.names(self.prefixes):
                 counter = CounterMetricFamily(name, series.doc, labels=["model_name", *labels])

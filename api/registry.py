@@ -88,9 +88,10 @@ class ModelRegistry:
                 self._retire(old, new)
 
     async def drain(self, timeout_s: float) -> bool:
-        """Let every request finish; abort what is left. True if none was."""
+        """Let every request finish, resumable ones on disk; abort the rest. True if none was."""
         clients = [replica.client for replica in self._all()]
-        return all(await asyncio.gather(*(client.drain(timeout_s) for client in clients)))
+        drains = (client.drain(timeout_s, suspends=True) for client in clients)
+        return all(await asyncio.gather(*drains))
 
     async def close(self) -> None:
         """Stop all engines; running requests are aborted."""
@@ -107,7 +108,7 @@ class ModelRegistry:
         if successor is not None and _speak_same_tokens(old, successor):
             for request, stream in old.client.take_waiting():
                 successor.client.adopt(request, stream)
-        task = asyncio.create_task(_finish(old), name=f"retire {old.table.model_name}")
+        task = asyncio.create_task(_finish(old, successor), name=f"retire {old.table.model_name}")
         self._retiring[task] = old
         task.add_done_callback(self._retiring.pop)
 
@@ -124,9 +125,11 @@ def _speak_same_tokens(old: Replica, new: Replica) -> bool:
     return old.client.tokenizer.fingerprint == new.client.tokenizer.fingerprint
 
 
-async def _finish(replica: Replica) -> None:
+async def _finish(replica: Replica, successor: Replica | None) -> None:
     name = replica.table.model_name
     if not await replica.client.drain(RETIRE_TIMEOUT_S):
         logger.error("requests of the replaced %s did not end in time and were aborted", name)
     await replica.client.close()
+    if successor is not None:
+        successor.client.rescan()  # the states that the other one has left on disk
     logger.info("the replaced replica of %s is closed", name)

@@ -15,38 +15,18 @@ import orjson
 
 from api.chat import ROLE_OF_NAME, ChatMessage
 from api.errors import invalid
-from api.sampling import SamplingFields
+from api.generation_body import MAX_NUM_CHOICES, GenerationBody
+from api.sampling import Integer, integer
 from api.unsupported import CHAT, COMPLETIONS, refuse_unsupported
+from config.convert import did_you_mean
 
 BodyT = TypeVar("BodyT", bound=msgspec.Struct)
-GenerationT = TypeVar("GenerationT", bound="GenerationBody")
+GenerationT = TypeVar("GenerationT", bound=GenerationBody)
 
 PATH_OF_ERROR = re.compile(r"^(?P<what>.*) - at `\$\.?(?P<path>[^`]*)`$", re.DOTALL)
 MAX_TOKEN_ID = 2**31 - 1
 
-
-class StreamOptions(msgspec.Struct, kw_only=True):
-    include_usage: bool | None = None
-
-
-class GenerationBody(SamplingFields, kw_only=True):
-    """What both completion routes understand."""
-
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    cache_salt: str | None = None  # states are reused only among requests of the same salt
-
-    @property
-    def has_usage_chunk(self) -> bool:
-        options = self.stream_options
-        return options is not None and options.include_usage is True
-
-    def check(self) -> None:
-        if self.stream_options is not None and not self.stream:
-            raise invalid(
-                "'stream_options' is only allowed with 'stream': true", param="stream_options"
-            )
+PromptField = str | list[str | int | list[int]]
 
 
 class ContentPart(msgspec.Struct, kw_only=True):
@@ -67,28 +47,56 @@ class ChatBody(GenerationBody, kw_only=True):
     messages: list[MessageBody] | None = None
 
     def chat_messages(self) -> list[ChatMessage]:
-        """The messages, checked. Raises ApiError 400."""
-        if not self.messages:
+        """The messages, checked; none only where a state goes on. Raises ApiError 400."""
+        if not self.messages and self.state is None and self.resume is None:
             raise invalid("'messages' must be a list of at least one message", param="messages")
-        return [_message(index, message) for index, message in enumerate(self.messages)]
+        return chat_messages(self.messages or [])
 
 
 class CompletionBody(GenerationBody, kw_only=True):
     """POST /v1/completions."""
 
-    prompt: str | list[str | int | list[int]] | None = None
+    prompt: PromptField | None = None
+    best_of: Integer | None = None
+
+    @property
+    def num_candidates(self) -> int:
+        if self.best_of is None:
+            return self.num_choices
+        low = self.num_choices
+        return integer("best_of", self.best_of, low, MAX_NUM_CHOICES, "'n' of them are returned")
 
     def text_or_ids(self) -> str | tuple[int, ...]:
         """The one prompt, as text or as token ids. Raises ApiError 400."""
-        prompt = self.prompt
-        if prompt is None:
+        if self.prompt is not None:
+            return text_or_ids(self.prompt)
+        if self.state is None and self.resume is None:
             raise invalid("'prompt' is missing: send a string or a list of token ids", "prompt")
-        if isinstance(prompt, str):
-            return prompt
-        if len(prompt) == 1 and isinstance(prompt[0], str):
-            return prompt[0]
-        only = prompt[0] if len(prompt) == 1 else None
-        return _token_ids(only if isinstance(only, list) else prompt)
+        return ""
+
+    def check(self) -> None:
+        super().check()
+        if self.stream and self.num_candidates > self.num_choices:
+            raise invalid(
+                f"'best_of' = {self.best_of} answers can only be compared when they are complete; "
+                "leave out 'stream', or ask for 'n' answers",
+                "best_of",
+            )
+
+
+def chat_messages(messages: Sequence[MessageBody]) -> list[ChatMessage]:
+    """Checked. Raises ApiError 400 that names the place."""
+    return [_message(index, message) for index, message in enumerate(messages)]
+
+
+def text_or_ids(prompt: PromptField) -> str | tuple[int, ...]:
+    """The one prompt in any of its forms. Raises ApiError 400."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1 and isinstance(prompt[0], str):
+        return prompt[0]
+    only = prompt[0] if len(prompt) == 1 else None
+    return _token_ids(only if isinstance(only, list) else prompt)
 
 
 class ReloadBody(msgspec.Struct, kw_only=True):
@@ -111,24 +119,36 @@ def parse_completion(data: bytes) -> CompletionBody:
 
 def parse_reload(data: bytes) -> ReloadBody:
     """Unknown fields are errors here: a misspelt `dry_run` must not change anything."""
-    fields = _json_object(data)
-    for name in fields.keys() - set(ReloadBody.__struct_fields__):
-        known = ", ".join(ReloadBody.__struct_fields__)
-        raise invalid(f"unknown field {name!r}; known are {known}", param=name)
-    return _convert(fields, ReloadBody)
+    return parse_strict(data, ReloadBody)
+
+
+def parse_strict(data: bytes, kind: type[BodyT]) -> BodyT:
+    """Raises ApiError 400, for fields that `kind` does not have too."""
+    return convert_strict(json_object(data), kind)
+
+
+def convert_strict(
+    fields: Mapping[str, object], kind: type[BodyT], *, is_text: bool = False
+) -> BodyT:
+    """With `is_text` all values are strings, as in the query of a URL. Raises ApiError 400."""
+    known = kind.__struct_fields__
+    for name in fields:
+        if name not in known:
+            raise invalid(f"unknown field {name!r}{did_you_mean(name, known)}", param=name)
+    return _convert(fields, kind, is_text=is_text)
 
 
 def _parse_generation(
     data: bytes, kind: type[GenerationT], unsupported: Mapping[str, tuple[object, ...]]
 ) -> GenerationT:
-    fields = _json_object(data)
+    fields = json_object(data)
     refuse_unsupported(fields, unsupported)
     body = _convert(fields, kind)
     body.check()
     return body
 
 
-def _json_object(data: bytes) -> dict[str, object]:
+def json_object(data: bytes) -> dict[str, object]:
     try:
         # orjson, not msgspec: it refuses lone surrogates and NaN, which no tokenizer can take.
         fields = orjson.loads(data)
@@ -139,9 +159,9 @@ def _json_object(data: bytes) -> dict[str, object]:
     return fields
 
 
-def _convert(fields: dict[str, object], kind: type[BodyT]) -> BodyT:
+def _convert(fields: Mapping[str, object], kind: type[BodyT], *, is_text: bool = False) -> BodyT:
     try:
-        return msgspec.convert(fields, kind)
+        return msgspec.convert(fields, kind, strict=not is_text)
     except msgspec.ValidationError as error:
         match = PATH_OF_ERROR.match(str(error))
         path = match["path"] if match else ""

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TypeVar
 
 from api.metrics import Metrics
+from api.recent import RecentResponses
 from api.registry import ModelRegistry, Replica
 from config import InferConfig, ModelTable
 from engine.client import EngineClient
@@ -41,6 +42,7 @@ class Service:
     def __init__(self, config: InferConfig, build: Build) -> None:
         self.config = config
         self.registry = ModelRegistry()
+        self.recent = RecentResponses()
         self.metrics = Metrics(self.registry.snapshots, has_vllm_names=config.enable_vllm_metrics)
         self.is_draining = False
         self.last_reload: ReloadReport | None = None

@@ -1,4 +1,4 @@
-"""Server-sent events: a RequestStream as the byte pieces of a text/event-stream body.
+"""Server-sent events: Answers as the byte pieces of a text/event-stream body.
 
 One piece per wake-up of the reader, whatever came in between; a comment after each silence of
 `keep_alive_s`. Knows no route; the encoder says what the events hold.
@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable
 
-from api.encode import Encoder
+from api.answers import GOOD_ENDS, Answers
+from api.encode import Encoder, Usage
 from api.errors import ApiError
-from engine.client import RequestStream
-from engine.types import FinishReason, OutputDelta
+from engine.types import OutputDelta
 
 logger = logging.getLogger(__name__)
 
@@ -21,41 +21,46 @@ DONE = b"data: [DONE]\n\n"
 
 
 async def event_stream(
-    stream: RequestStream,
+    answers: Answers,
     encoder: Encoder,
     failure_of: Callable[[OutputDelta], ApiError],
+    on_finish: Callable[[], Usage],
     keep_alive_s: float,
 ) -> AsyncIterator[bytes]:
     """Never empty pieces: BlackSheep takes one for the end of the body.
 
-    The status line is long out, so a failure becomes an error event before [DONE].
+    `on_finish` is called when all answers are complete, before the client can know. The status
+    line is long out, so the failure of one answer becomes an error event before [DONE], and ends
+    the others.
     """
     if first := encoder.first():
         yield _events(first)
     try:
         while True:
-            delta = await stream.take(keep_alive_s)
-            if delta is None:
+            found = await answers.take(keep_alive_s)
+            if not found:
                 yield KEEP_ALIVE
                 continue
-            objects = encoder.text(delta.text)
-            if delta.finish_reason is not None:
-                yield _events(objects) + _end(delta, encoder, failure_of)
+            objects: list[bytes] = []
+            for index, delta in found:
+                objects += encoder.text(index, delta.text)
+                if delta.finish_reason is None:
+                    continue
+                if delta.finish_reason not in GOOD_ENDS:
+                    answers.close()
+                    yield _events([*objects, failure_of(delta).body()]) + DONE
+                    return
+                objects += encoder.last(index, delta)
+            if answers.is_finished:
+                yield _events([*objects, *encoder.end(on_finish())]) + DONE
                 return
             if objects:
                 yield _events(objects)
     except Exception:
-        logger.exception("the stream of %s failed", stream.request_id)
+        logger.exception("the stream of %s failed", answers.request_id)
+        answers.close()
         error = ApiError(500, "internal error", code="internal_error")
         yield _events([error.body()]) + DONE
-
-
-def _end(
-    delta: OutputDelta, encoder: Encoder, failure_of: Callable[[OutputDelta], ApiError]
-) -> bytes:
-    if delta.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
-        return _events(encoder.last(delta)) + DONE
-    return _events([failure_of(delta).body()]) + DONE
 
 
 def _events(objects: list[bytes]) -> bytes:

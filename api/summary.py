@@ -10,7 +10,6 @@ from config import BindAddress
 from engine.types import ModelInfo
 
 ANY_HOSTS = ("0.0.0.0", "::")
-MIB = 2**20
 
 
 def summary(infos: Iterable[ModelInfo], address: BindAddress, has_api_key: bool) -> str:
@@ -18,11 +17,10 @@ def summary(infos: Iterable[ModelInfo], address: BindAddress, has_api_key: bool)
     infos = list(infos)
     lines = ["RWKV-7 server"]
     for info in infos:
-        num_mib = info.num_slots * info.page_bytes / MIB
         lines += [
             f"  model    {info.model_name} ({info.num_parameters / 1e6:,.1f} M parameters)",
             f"  device   {info.device}, weights {info.dtype}, state {info.state_dtype}",
-            f"  slots    {info.num_slots} states of {info.page_bytes:,} bytes ({num_mib:,.1f} MiB)",
+            f"  states   {_states(info)}",
         ]
     if address.unix_path is not None:
         lines.append(f"  address  unix:{address.unix_path}")
@@ -30,6 +28,14 @@ def summary(infos: Iterable[ModelInfo], address: BindAddress, has_api_key: bool)
         lines.append(f"  address  {url_of(address)}")
     lines += ["", "Try it:", curl_for(address, infos[0].model_name, has_api_key), ""]
     return "\n".join(lines)
+
+
+def _states(info: ModelInfo) -> str:
+    """How many states fit where."""
+    places = [f"{info.num_slots:,} on the device", f"{info.num_frames:,} in host memory"]
+    if info.num_files > 0:
+        places.append(f"{info.num_files:,} on disk")
+    return f"{', '.join(places)}, of {info.page_bytes:,} bytes each"
 
 
 def url_of(address: BindAddress) -> str:

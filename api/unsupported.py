@@ -14,7 +14,6 @@ from api.errors import invalid
 MAX_SHOWN_CHARS = 60
 
 SHARED: dict[str, tuple[object, ...]] = {
-    "n": (1,),
     "logit_bias": ({},),
     "candidate_token_texts": ([],),
     "min_p": (0,),
@@ -33,6 +32,7 @@ SHARED: dict[str, tuple[object, ...]] = {
     "guided_grammar": (),
 }
 CHAT: dict[str, tuple[object, ...]] = SHARED | {
+    "best_of": (1,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -50,7 +50,6 @@ CHAT: dict[str, tuple[object, ...]] = SHARED | {
     "continue_final_message": (False,),
 }
 COMPLETIONS: dict[str, tuple[object, ...]] = SHARED | {
-    "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
     "logprobs": (),

@@ -6,12 +6,15 @@ from blacksheep import Request, Response
 
 from api.chat import DEFAULT_STOPS, render
 from api.encode import ChatEncoder
-from api.generation import Prompt, accept, respond
+from api.generation import accept, respond
+from api.placement import follows_text
+from api.prompt import Prompt
 from api.registry import Replica
 from api.respond import read_json
 from api.routes.route import Route
 from api.schemas import parse_chat
 from api.service import Service
+from engine.types import StateInfo
 
 
 def chat_routes(service: Service) -> list[Route]:
@@ -19,16 +22,29 @@ def chat_routes(service: Service) -> list[Route]:
         body = parse_chat(await read_json(request))
         messages = body.chat_messages()
 
-        def prompt_for(replica: Replica) -> Prompt:
+        def prompt_for(replica: Replica, base: StateInfo | None) -> Prompt:
             template = replica.table.template
-            return Prompt("messages", render(messages, template), DEFAULT_STOPS[template])
+            rendered = render(
+                messages,
+                template,
+                is_continuation=follows_text(base),
+                asks_answer=base is None or bool(messages),
+            )
+            return Prompt(
+                "messages",
+                rendered.text,
+                DEFAULT_STOPS[template],
+                starts=rendered.starts,
+                is_continuation=base is not None,
+            )
 
         accepted = await accept(service, request, body, prompt_for, "chatcmpl")
         encoder = ChatEncoder(
             accepted.head,
             has_usage_chunk=body.has_usage_chunk,
-            strips_start=accepted.replica.table.template == "g1",
+            # Without a message the answer goes on in the middle, where white space counts.
+            strips_start=bool(messages) and accepted.replica.table.template == "g1",
         )
-        return await respond(service, body, accepted.stream, encoder)
+        return await respond(service, body, accepted, encoder)
 
     return [Route("POST", "/v1/chat/completions", create_chat_completion)]

@@ -24,6 +24,7 @@ def index_routes(service: Service) -> list[Route]:
             "",
             "POST /v1/chat/completions    POST /v1/completions",
             "GET  /v1/models              GET  /v1/models/{id}",
+            "GET  /v1/states              POST /v1/states",
             "GET  /health                 GET  /health/live    GET /health/ready",
             "GET  /metrics                POST /admin/models/reload",
             "",

@@ -16,6 +16,7 @@ from api.server import EmbeddedServer, opened
 from api.service import Service
 from api.source import ConfigSource
 from tests.api.scripted import ScriptedBuilder, ScriptedRunner, write_vocab
+from tests.api.scripted_engine import ScriptedEngine, ScriptedStates
 
 MODEL_TOML = """\
 model_type = "auto_regressive"
@@ -80,6 +81,16 @@ class Running:
     def runner(self) -> ScriptedRunner:
         """The newest engine's."""
         return self.builder.runners[-1]
+
+    @property
+    def engine(self) -> ScriptedEngine:
+        """The newest one."""
+        return self.builder.engines[-1]
+
+    @property
+    def states(self) -> ScriptedStates:
+        """Of the model "m"."""
+        return self.builder.disks["m"].states
 
     def snapshot(self, model_name: str = "m"):
         return self.service.registry.get(model_name).client.snapshot()

@@ -1,22 +1,24 @@
 """A real EngineCore on a runner that recites a text, with a pace that tests choose. No torch.
 
 Token number i of every sequence (prompt included) is the i-th character of SCRIPT, so what a
-request must answer follows from the number of its prompt tokens alone.
+request must answer follows from the number of its prompt tokens alone. With `reads_seed` it is
+the character number i + seed, so that answers to one prompt differ.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from config import ModelTable
-from engine.core import EngineCore
 from engine.limits import limits_of
-from engine.plan import StepPlan, StepResult
+from engine.plan import Row, StepPlan, StepResult
 from engine.tokenizer import Tokenizer
 from engine.types import ModelInfo, StatsSink
+from tests.api.scripted_engine import Disk, ScriptedEngine
 
 SCRIPT = "Far out in the ocean, where the water is as blue as cornflowers, it is very deep. "
 VOCAB_SIZE = 300
@@ -33,6 +35,11 @@ def recited(num_prompt_tokens: int, num_tokens: int) -> str:
     return "".join(SCRIPT[(num_prompt_tokens + index) % len(SCRIPT)] for index in range(num_tokens))
 
 
+def spelled(ids: Sequence[int]) -> str:
+    """The text of tokens of that vocabulary."""
+    return bytes(token_id - 1 for token_id in ids if token_id).decode()
+
+
 class ScriptedRunner:
     """Answers each plan `delay_s` after the one before; never while `gate` is cleared."""
 
@@ -43,6 +50,8 @@ class ScriptedRunner:
         self.is_closed = False
         self.fail_next: str | None = None  # the next step fails its rows with this
         self.die_next: str | None = None  # the next step kills the engine
+        self.reads_seed = False
+        self._seeds: dict[int, int] = {}  # by seat
         self._plans: asyncio.Queue[StepPlan] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -78,9 +87,8 @@ class ScriptedRunner:
 
     def _result(self, plan: StepPlan) -> StepResult:
         rows = [row for row in plan.rows if row.sample]
-        tokens = tuple(
-            1 + ord(SCRIPT[(row.position + row.num_tokens) % len(SCRIPT)]) for row in rows
-        )
+        self._seeds |= {start.seat: start.sampling.seed for start in plan.starts}
+        tokens = tuple(self._token(row) for row in rows)
         failed, self.fail_next = self.fail_next, None
         died, self.die_next = self.die_next, None
         return StepResult(
@@ -90,6 +98,10 @@ class ScriptedRunner:
             error=died or failed,
             is_fatal=died is not None,
         )
+
+    def _token(self, row: Row) -> int:
+        seed = self._seeds[row.seat] if self.reads_seed else 0
+        return 1 + ord(SCRIPT[(row.position + row.num_tokens + seed) % len(SCRIPT)])
 
 
 class ScriptedBuilder:
@@ -101,8 +113,10 @@ class ScriptedBuilder:
         self.error: Exception | None = None  # raised instead of building
         self.runners: list[ScriptedRunner] = []
         self.tables: list[ModelTable] = []
+        self.engines: list[ScriptedEngine] = []
+        self.disks: dict[str, Disk] = {}  # by model name
 
-    def __call__(self, table: ModelTable, stats: StatsSink) -> EngineCore:
+    def __call__(self, table: ModelTable, stats: StatsSink) -> ScriptedEngine:
         """In a thread, as weights are loaded."""
         if self.build_s:
             threading.Event().wait(self.build_s)
@@ -125,6 +139,13 @@ class ScriptedBuilder:
             max_batch_tokens=table.resolved_max_batch_tokens,
             paragraph_len=table.paragraph_len,
             max_context_len=table.max_context_len,
+            initial_states=tuple(path.stem for path in table.initial_states),
         )
         tokenizer = Tokenizer.load(table.tokenizer_vocab_path)
-        return EngineCore(info, tokenizer, runner, limits_of(table), stats)
+        disk = self.disks.setdefault(table.model_name, Disk())
+        limits = limits_of(table)
+        if not limits.rejects_long_context:
+            limits = replace(limits, max_context_len=0)
+        engine = ScriptedEngine(disk, info, tokenizer, runner, limits, stats)
+        self.engines.append(engine)
+        return engine

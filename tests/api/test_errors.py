@@ -81,7 +81,7 @@ async def test_model_must_be_named_and_known(tmp_path: Path):
 
 
 async def test_crash_in_a_handler_is_500_without_details(tmp_path: Path, monkeypatch, caplog):
-    def crash(*_: object) -> None:
+    def crash(*_: object, **__: object) -> None:
         raise RuntimeError("secret path /root/x")
 
     monkeypatch.setattr("api.routes.chat.render", crash)

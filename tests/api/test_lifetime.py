@@ -88,7 +88,7 @@ async def test_client_gone_while_its_prompt_is_encoded_never_reaches_the_engine(
             ended.set()
         return (0,)
 
-    monkeypatch.setattr("api.generation._ids_of", encode_for_ever)
+    monkeypatch.setattr("api.placement.encode", encode_for_ever)
     async with running(tmp_path) as server:
         _, writer = await server.open()
         writer.write(request_bytes("POST", "/v1/chat/completions", chat_body()))

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import api.generation
+import api.placement
 from tests.api.harness import Reply, Running, eventually, model_table, running
 from tests.api.reloading import (
     by_rename,
@@ -55,10 +55,10 @@ async def test_the_replaced_finishes_what_it_runs_and_passes_on_what_waits(tmp_p
 
 async def test_model_replaced_while_a_prompt_is_encoded(tmp_path: Path, monkeypatch):
     """The request goes to the new replica, with ids of the new vocabulary."""
-    encode = api.generation._ids_of
+    encode = api.placement.encode
 
     async def encode_slowly(*arguments):
-        monkeypatch.setattr("api.generation._ids_of", encode)
+        monkeypatch.setattr("api.placement.encode", encode)
         ids = await encode(*arguments)
         vocab = server.source.config_dir / "vocab.txt"
         text = await asyncio.to_thread(vocab.read_text)
@@ -66,7 +66,7 @@ async def test_model_replaced_while_a_prompt_is_encoded(tmp_path: Path, monkeypa
         assert (await upsert(server)).status == 200
         return ids
 
-    monkeypatch.setattr("api.generation._ids_of", encode_slowly)
+    monkeypatch.setattr("api.placement.encode", encode_slowly)
     async with running(tmp_path) as server:
         reply = await server.post("/v1/completions", {"model": "m", "prompt": "hi"})
     assert reply.status == 200

@@ -1,0 +1,124 @@
+"""Answers: the streams of one HTTP request, read as one. Knows deltas, no JSON and no sockets.
+
+One wake-up takes what all of them have, however many tokens that is: a step of the engine gives
+each of n answers a token at the same time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from engine.client import RequestStream, merge
+from engine.types import FinishReason, OutputDelta
+
+COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
+GOOD_ENDS = (*COMPLETE, FinishReason.SUSPENDED)
+
+
+class AnswerFailed(Exception):
+    """One of the answers ended otherwise than asked for, so all of them do."""
+
+    def __init__(self, delta: OutputDelta) -> None:
+        super().__init__(delta.error)
+        self.delta = delta
+
+
+class Answers:
+    """Close it, or read it to the end, so that no request outlives its reader."""
+
+    def __init__(self, streams: Sequence[RequestStream]) -> None:
+        assert streams, "somebody answers"
+        self._streams = streams
+        self._wake = asyncio.Event()
+        for stream in streams:
+            stream.wake_with(self._wake)
+        self._ids: list[list[int]] = [[] for _ in streams]
+        self._ends: list[OutputDelta | None] = [None for _ in streams]
+        self._num_open = len(streams)
+
+    @property
+    def request_id(self) -> str:
+        """The first one's."""
+        return self._streams[0].request_id
+
+    @property
+    def is_finished(self) -> bool:
+        """Every last delta was taken."""
+        return self._num_open == 0
+
+    @property
+    def ends(self) -> list[OutputDelta]:
+        """The last delta of each answer, with the token ids of the whole. Not before the end."""
+        return [
+            replace(end, token_ids=tuple(ids))
+            for end, ids in zip(self._ends, self._ids, strict=True)
+            if end is not None
+        ]
+
+    async def take(self, timeout_s: float | None = None) -> list[tuple[int, OutputDelta]]:
+        """What has come, with the number of the answer; [] after a silence of `timeout_s`.
+
+        Not to be called at the end.
+        """
+        assert not self.is_finished, f"read past the end of {self.request_id}"
+        if not (found := self._poll()):
+            await self._wait(timeout_s)
+            found = self._poll()
+        return found
+
+    async def collect(self) -> list[OutputDelta]:
+        """Each whole answer as one delta. Raises AnswerFailed."""
+        whole: list[OutputDelta | None] = [None for _ in self._streams]
+        try:
+            while not self.is_finished:
+                for index, delta in await self.take():
+                    if delta.finish_reason is not None and delta.finish_reason not in GOOD_ENDS:
+                        raise AnswerFailed(delta)
+                    before = whole[index]
+                    whole[index] = delta if before is None else merge(before, delta)
+        finally:
+            self.close()
+        return [answer for answer in whole if answer is not None]
+
+    def close(self) -> None:
+        """End what has not ended. Synchronous, so it works in any `finally`."""
+        for stream in self._streams:
+            stream.close()
+
+    def _poll(self) -> list[tuple[int, OutputDelta]]:
+        found = []
+        for index, stream in enumerate(self._streams):
+            delta = stream.poll()
+            if delta is None:
+                continue
+            found.append((index, delta))
+            self._ids[index] += delta.token_ids
+            if delta.finish_reason is not None:
+                self._ends[index] = delta
+                self._num_open -= 1
+        return found
+
+    async def _wait(self, timeout_s: float | None) -> None:
+        self._wake.clear()
+        if timeout_s is None:
+            await self._wake.wait()
+            return
+        alarm = asyncio.get_running_loop().call_later(timeout_s, self._wake.set)
+        try:
+            await self._wake.wait()
+        finally:
+            alarm.cancel()
+
+
+def best(candidates: Sequence[OutputDelta], num_choices: int) -> list[OutputDelta]:
+    """Those with the highest mean log probability per token, the best one first."""
+    return sorted(candidates, key=_mean_logprob, reverse=True)[:num_choices]
+
+
+def _mean_logprob(answer: OutputDelta) -> float:
+    if not answer.logprobs:
+        return -math.inf
+    return math.fsum(answer.logprobs) / len(answer.logprobs)

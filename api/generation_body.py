@@ -1,0 +1,106 @@
+"""GenerationBody: the fields that both completion routes understand, and which go together.
+
+Knows neither messages nor prompts; those are in api/schemas.py.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from api.errors import invalid
+from api.sampling import Integer, SamplingFields, integer
+from api.states import StateFields
+from engine.types import StateOptions
+
+MAX_NUM_CHOICES = 128
+MAX_PRIORITY = 1000
+# Everything else was said when the generation began.
+ALLOWED_WITH_RESUME = frozenset({"model", "stream", "stream_options", "resume"})
+
+
+class StreamOptions(msgspec.Struct, kw_only=True):
+    include_usage: bool | None = None
+
+
+class GenerationBody(SamplingFields, kw_only=True):
+    """What both completion routes understand; null = absent."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    cache_salt: str | None = None  # states are reused only among requests of the same salt
+    n: Integer | None = None
+    priority: Integer | None = None  # higher goes first, and may take the place of a lower one
+    state: str | None = None  # id of a kept state to go on from
+    initial_state: str | None = None  # name of a tuned state to begin with
+    return_state: bool | StateFields | None = None  # keep the state at the end of the answer
+    resumable: bool | None = None  # a graceful stop suspends it instead of ending it
+    resume: str | None = None  # id of a suspended generation to go on with
+
+    @property
+    def has_usage_chunk(self) -> bool:
+        options = self.stream_options
+        return options is not None and options.include_usage is True
+
+    @property
+    def rank(self) -> int:
+        return integer("priority", self.priority or 0, -MAX_PRIORITY, MAX_PRIORITY)
+
+    @property
+    def num_choices(self) -> int:
+        return integer("n", 1 if self.n is None else self.n, 1, MAX_NUM_CHOICES)
+
+    @property
+    def num_candidates(self) -> int:
+        """Answers to compute; the best `num_choices` of them are returned."""
+        return self.num_choices
+
+    def keep_state(self, default_ttl_s: float) -> StateOptions | None:
+        """How the state at the end is to be filed, where one is asked for."""
+        asked = self.return_state
+        if not asked:
+            return None
+        fields = StateFields() if asked is True else asked
+        return fields.options(default_ttl_s)
+
+    def check(self) -> None:
+        """Raise ApiError 400 for fields that do not go together."""
+        if self.stream_options is not None and not self.stream:
+            raise invalid(
+                "'stream_options' is only allowed with 'stream': true", param="stream_options"
+            )
+        if isinstance(self.return_state, StateFields):
+            self.return_state.check_filing("return_state.")
+        self._check_resume()
+        if self.state is not None and self.initial_state is not None:
+            raise invalid(
+                "'initial_state' is what a text begins with, and 'state' is the middle of one; "
+                "send one of them",
+                "initial_state",
+            )
+        if self.num_candidates > 1:
+            self._check_single()
+
+    def _check_single(self) -> None:
+        for name in ("return_state", "resumable"):
+            if getattr(self, name):
+                raise invalid(
+                    f"{name!r} works for one answer, and {self.num_candidates} are asked for; "
+                    "leave out 'n' and 'best_of' (afterwards, POST /v1/states with 'response' and "
+                    "'choice' keeps the state of any answer)",
+                    name,
+                )
+
+    def _check_resume(self) -> None:
+        if self.resume is None:
+            return
+        for name in self.__struct_fields__:
+            # Clients that insist on a prompt send an empty one.
+            is_given = getattr(self, name) not in (None, "", [])
+            if is_given and name not in ALLOWED_WITH_RESUME:
+                allowed = ", ".join(sorted(ALLOWED_WITH_RESUME))
+                raise invalid(
+                    f"{name!r} was settled when the generation began, and 'resume' only goes on "
+                    f"with it; leave it out (it takes {allowed})",
+                    name,
+                )
