@@ -12,9 +12,19 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from engine.plan import BAD_TOKEN, ZERO_SLOT, Row, SlotRef, StepPlan, StepResult
+from engine.plan import (
+    BAD_TOKEN,
+    ZERO_SLOT,
+    MoveKind,
+    PageMove,
+    Row,
+    SeatStart,
+    SlotRef,
+    StepPlan,
+    StepResult,
+)
 from engine.types import EngineRequest, FinishReason, SamplingParams
 
 MODULUS = 2**61 - 1
@@ -28,13 +38,13 @@ def feed(state: int, token: int) -> int:
 
 
 def draw(state: int, history: int, seed: int, position: int, bad_every: int) -> int:
-    """The token at `position`. One in `bad_every` is BAD_TOKEN, none when that is 0."""
+    """The token at `position`. One state in `bad_every` gives BAD_TOKEN, none when that is 0:
+    whether logits are finite is a matter of the state alone."""
+    if bad_every and (state * 0xD6E8FEB86659FD93 % MODULUS >> 20) % bad_every == 0:
+        return BAD_TOKEN
     mixed = (state * 0x9E3779B97F4A7C15 + history * 0xBF58476D1CE4E5B9) % MODULUS
     mixed = ((mixed ^ seed) * 0x94D049BB133111EB + position * 0xD6E8FEB86659FD93) % MODULUS
-    mixed = (mixed ^ (mixed >> 29)) * BASE % MODULUS
-    if bad_every and (mixed >> 20) % bad_every == 0:
-        return BAD_TOKEN
-    return mixed % VOCAB_SIZE
+    return (mixed ^ (mixed >> 29)) * BASE % MODULUS % VOCAB_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +53,30 @@ class Answer:
     finish_reason: FinishReason
 
 
-def oracle(request: EngineRequest, max_tokens: int | None = None, bad_every: int = 0) -> Answer:
-    """What the request gives when it runs alone: a plain loop, no slots, seats or steps."""
+def oracle(
+    request: EngineRequest,
+    max_tokens: int | None = None,
+    bad_every: int = 0,
+    base: tuple[int, int] = (0, 0),
+) -> Answer:
+    """What the request gives when it runs alone: a plain loop, no slots, seats or steps.
+
+    `base` is the state that the prompt goes on from and the number of tokens in it.
+    """
     sampling = request.sampling
     limit = sampling.max_tokens if max_tokens is None else max_tokens
-    state = history = 0
+    state, num_base_tokens = base
+    history = 0
     for token in request.prompt_ids:
         state = feed(state, token)
     output: list[int] = []
     while True:
-        position = len(request.prompt_ids) + len(output)
+        position = num_base_tokens + len(request.prompt_ids) + len(output)
         token = draw(state, history, sampling.seed, position, bad_every)
         if token == BAD_TOKEN:
             return Answer(tuple(output), FinishReason.ERROR)
+        if limit == 0:
+            return Answer((), FinishReason.LENGTH)
         output.append(token)
         if token in sampling.stop_token_ids:
             return Answer(tuple(output), FinishReason.STOP)
@@ -66,8 +87,11 @@ def oracle(request: EngineRequest, max_tokens: int | None = None, bad_every: int
 
 @dataclass(slots=True)
 class Page:
+    """What a slot or a frame holds. The logits of a state are the state, if they were kept."""
+
     state: int
     generation: int
+    logits: int = 0xBAD
 
 
 @dataclass(slots=True)
@@ -83,17 +107,21 @@ class HashModel:
     def __init__(self, bad_every: int = 0) -> None:
         self.bad_every = bad_every
         self.pages: dict[int, Page] = {ZERO_SLOT: Page(0, 0)}
+        self.frames: dict[int, Page] = {}
         self.seats: dict[int, Seat] = {}
         self._next_step = 0
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step. All rows read before any writes, as in one kernel launch."""
         self._take_turn(plan)
+        for move in plan.moves:
+            self._move(move)
         for start in plan.starts:
-            self.seats[start.seat] = Seat(start.sampling)
+            self.seats[start.seat] = _seat(start)
         states = [self._advance(row) for row in plan.rows]
         for row, state in zip(plan.rows, states, strict=True):
-            self._write(row.dst, state)
+            if row.num_tokens > 0:
+                self._write(row.dst, state, has_logits=row.keep_logits)
         pairs = zip(plan.rows, states, strict=True)
         return StepResult(
             plan.step_id, tuple(self._sample(row, state) for row, state in pairs if row.sample)
@@ -102,17 +130,39 @@ class HashModel:
     def fail(self, plan: StepPlan, *, is_fatal: bool = False) -> StepResult:
         """A step that broke half way: every seat and page it was to set holds garbage."""
         self._take_turn(plan)
+        for move in plan.moves:
+            garbage = Page(0xDEAD + plan.step_id, 0, logits=0xDEAD)
+            if move.kind is MoveKind.STORE:
+                self.frames[move.frame.slot] = replace(garbage, generation=move.frame.generation)
+            else:
+                self._write(move.slot, garbage.state)
         for start in plan.starts:
             self.seats[start.seat] = Seat(SamplingParams(seed=0xBAD), history=plan.step_id)
         for row in plan.rows:
-            self._write(row.dst, 0xDEAD + plan.step_id)
+            if row.num_tokens > 0:
+                self._write(row.dst, 0xDEAD + plan.step_id)
         return StepResult(plan.step_id, (), error="injected failure", is_fatal=is_fatal)
 
     def _take_turn(self, plan: StepPlan) -> None:
         assert plan.step_id == self._next_step, f"step {plan.step_id}, due was {self._next_step}"
         self._next_step += 1
 
+    def _move(self, move: PageMove) -> None:
+        """Copy a page as it is; logits that are not moved stay what the place had before."""
+        if move.kind is MoveKind.STORE:
+            source, places, target = self._page(move.slot), self.frames, move.frame
+        else:
+            source, places, target = self.frames[move.frame.slot], self.pages, move.slot
+            assert source.generation == move.frame.generation, f"stale {move.frame} is loaded"
+        old = places.get(target.slot)
+        assert old is None or old.generation <= target.generation, f"stale {target} is written"
+        stale_logits = 0xBAD if old is None else old.logits
+        logits = source.logits if move.has_logits else stale_logits
+        places[target.slot] = Page(source.state, target.generation, logits)
+
     def _advance(self, row: Row) -> int:
+        if row.num_tokens == 0:
+            return self._page(row.src).logits
         state = self._read(row.src)
         for token in self._tokens(row):
             state = feed(state, token)
@@ -125,16 +175,21 @@ class HashModel:
         return (self.seats[row.seat].newest,)
 
     def _read(self, src: SlotRef) -> int:
+        return self._page(src).state
+
+    def _page(self, src: SlotRef) -> Page:
         assert src.slot in self.pages, f"{src} is read before it was written"
         page = self.pages[src.slot]
         assert page.generation == src.generation, f"stale {src}: generation {page.generation}"
-        return page.state
+        return page
 
-    def _write(self, dst: SlotRef, state: int) -> None:
+    def _write(self, dst: SlotRef, state: int, *, has_logits: bool = False) -> None:
         assert dst.slot != ZERO_SLOT, "the zero page is written"
         old = self.pages.get(dst.slot)
         assert old is None or old.generation <= dst.generation, f"stale {dst} is written"
-        self.pages[dst.slot] = Page(state, dst.generation)
+        stale_logits = 0xBAD if old is None else old.logits
+        logits = state if has_logits else stale_logits
+        self.pages[dst.slot] = Page(state, dst.generation, logits)
 
     def _sample(self, row: Row, state: int) -> int:
         assert row.seat in self.seats, f"seat {row.seat} draws before its start"
@@ -143,6 +198,14 @@ class HashModel:
         token = draw(state, seat.history, seat.sampling.seed, position, self.bad_every)
         seat.newest, seat.history = token, feed(seat.history, token)
         return token
+
+
+def _seat(start: SeatStart) -> Seat:
+    """As if the tokens it brings had been drawn here."""
+    seat = Seat(start.sampling)
+    for token in start.output_ids:
+        seat.newest, seat.history = token, feed(seat.history, token)
+    return seat
 
 
 class HashRunner:

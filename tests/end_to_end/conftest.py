@@ -1,4 +1,4 @@
-"""One server process for all tests that leave it as they find it."""
+"""Server processes for all tests that leave them as they find them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,23 @@ from collections.abc import Iterator
 import pytest
 
 from tests.end_to_end.process import ServerProcess, serving
+from tests.end_to_end.site import Server, Site
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     with serving(tmp_path_factory.mktemp("server"), request_body_limit_bytes=100_000) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def state_site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """The embedded model, with a key and no disk."""
+    folder = tmp_path_factory.mktemp("states")
+    return Site(folder, model={}, api_key="sk-one", request_body_limit_bytes=500_000)
+
+
+@pytest.fixture(scope="session")
+def state_server(state_site: Site) -> Iterator[Server]:
+    with state_site.serving() as running:
         yield running

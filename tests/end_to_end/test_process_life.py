@@ -146,7 +146,7 @@ def test_unix_socket_overrides_and_interrupt(tmp_path: Path):
     given = ["--http-bind-addr", address, "--set", "max_batch_size=3", "--set", "api_key=sk-set"]
     with serving(tmp_path, arguments=given) as server:
         assert server.address == address
-        assert "6 states" in server.summary  # three to run in, three for snapshots
+        assert "6 on the device" in server.summary  # three to run in, three for snapshots
         for key, status in (("sk-set", 200), ("sk-other", 401)):
             with socket.socket(socket.AF_UNIX) as sock:
                 sock.connect(str(path))

@@ -12,6 +12,7 @@ from pathlib import Path
 from engine.client import RequestStream
 from engine.core import EngineCore
 from engine.plan import Runner
+from engine.state.parts import StateParts
 from engine.tokenizer import Tokenizer
 from engine.types import (
     EngineRequest,
@@ -21,6 +22,7 @@ from engine.types import (
     OutputDelta,
     RequestStats,
     SamplingParams,
+    StateOptions,
     StepStats,
 )
 from tests.hash_model import VOCAB_SIZE, HashRunner, oracle
@@ -62,12 +64,14 @@ def limits(
     max_batch_tokens: int = 32,
     max_waiting: int = 100,
     max_context_len: int = 0,
+    time_slice_tokens: int = 0,
 ) -> LiveLimits:
     return LiveLimits(
         decode_first=decode_first,
         max_batch_tokens=max_batch_tokens,
         max_waiting=max_waiting,
         max_context_len=max_context_len,
+        time_slice_tokens=time_slice_tokens,
     )
 
 
@@ -79,8 +83,11 @@ def make_core(
     num_slots: int = 4,
     max_batch_size: int = 4,
     depth: int = 2,
-    cache_seed: bytes | None = None,
+    num_frames: int = 0,
+    num_files: int = 0,
+    parts: StateParts | None = None,
 ) -> EngineCore:
+    """Without `parts` nothing is reused."""
     live = live or limits()
     info = ModelInfo(
         model_name="hash",
@@ -96,8 +103,10 @@ def make_core(
         max_batch_tokens=live.max_batch_tokens,
         paragraph_len=4,
         max_context_len=live.max_context_len,
+        num_frames=num_frames,
+        num_files=num_files,
     )
-    return EngineCore(info, hash_tokenizer(), runner, live, stats, depth, cache_seed)
+    return EngineCore(info, hash_tokenizer(), runner, live, stats, depth, parts)
 
 
 @asynccontextmanager
@@ -121,6 +130,12 @@ def ask(
     stop_token_ids: tuple[int, ...] = (),
     priority: int = 0,
     timeout_s: float | None = None,
+    cache_salt: str = "",
+    owner: str = "",
+    state_id: str | None = None,
+    initial_state: str | None = None,
+    keep_state: StateOptions | None = None,
+    is_resumable: bool = False,
 ) -> EngineRequest:
     return EngineRequest(
         request_id=request_id,
@@ -130,6 +145,12 @@ def ask(
         ),
         priority=priority,
         timeout_s=timeout_s,
+        cache_salt=cache_salt,
+        owner=owner,
+        state_id=state_id,
+        initial_state=initial_state,
+        keep_state=keep_state,
+        is_resumable=is_resumable,
     )
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 from engine.types import EngineRequest, SamplingParams
-from tests.engine.simulation import Setup, Simulation
+from tests.engine.simulation import Simulation
+from tests.engine.tracked import Kept, Setup
 from tests.hash_model import VOCAB_SIZE
 
 # A draw hits one of them about once in 16.
@@ -42,7 +43,117 @@ class FollowUp:
         earlier = simulation.tracked[self.index % len(simulation.tracked)]
         prompt_ids = (*earlier.request.prompt_ids, *earlier.tokens, *self.request.prompt_ids)
         salt = earlier.request.cache_salt
-        simulation.add(replace(self.request, prompt_ids=prompt_ids, cache_salt=salt))
+        if earlier.base is None or earlier.base in simulation.kept:
+            request = replace(self.request, prompt_ids=prompt_ids, cache_salt=salt)
+            simulation.add(request, earlier.base)
+
+
+@dataclass(frozen=True)
+class AddAgain:
+    """The prompt of an earlier request once more, or of one before a restart."""
+
+    index: int
+    seed: int
+
+    def __call__(self, simulation: Simulation) -> None:
+        earlier = [*simulation.past, *simulation.tracked.values()]
+        if not earlier:
+            return
+        again = earlier[self.index % len(earlier)]
+        has_base = again.base is None or again.base in simulation.kept
+        is_kept = again.request.sampling.max_tokens == 0
+        if has_base and (simulation.has_room_to_keep or not is_kept):
+            sampling = replace(again.request.sampling, seed=self.seed)
+            simulation.add(replace(again.request, sampling=sampling), again.base)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A user wants the state after a prompt, from nothing or from a state kept before."""
+
+    request: EngineRequest
+    index: int | None
+
+    def __call__(self, simulation: Simulation) -> None:
+        if simulation.has_room_to_keep:
+            sampling = replace(self.request.sampling, max_tokens=0)
+            base = _kept(simulation, self.index)
+            simulation.add(replace(self.request, sampling=sampling), base)
+
+
+@dataclass(frozen=True)
+class Continue:
+    """Requests that go on from a state that a user kept; the prompt may be empty."""
+
+    requests: tuple[EngineRequest, ...]
+    index: int
+    is_empty: bool
+
+    def __call__(self, simulation: Simulation) -> None:
+        base = _kept(simulation, self.index)
+        for request in self.requests:
+            if base is not None:
+                prompt_ids = () if self.is_empty else request.prompt_ids
+                simulation.add(replace(request, prompt_ids=prompt_ids, snapshot_hints=()), base)
+
+
+@dataclass(frozen=True)
+class LetGo:
+    index: int
+
+    def __call__(self, simulation: Simulation) -> None:
+        simulation.let_go(self.index)
+
+
+@dataclass(frozen=True)
+class SwapOut:
+    index: int
+
+    def __call__(self, simulation: Simulation) -> None:
+        simulation.swap_out(self.index)
+
+
+@dataclass(frozen=True)
+class WorkDisk:
+    times: int
+    fails: bool = False
+
+    def __call__(self, simulation: Simulation) -> None:
+        for _ in range(self.times):
+            simulation.work_disk(fails=self.fails)
+
+
+@dataclass(frozen=True)
+class Restart:
+    """The end of the process, after everything was saved or at once; then some ask again."""
+
+    is_graceful: bool
+    again: tuple[AddAgain, ...]
+
+    def __call__(self, simulation: Simulation) -> None:
+        if self.is_graceful:
+            simulation.save()
+            for _ in range(2 * simulation.setup.num_slots + 4):
+                simulation.plan()
+                simulation.commit()
+                simulation.work_disk()
+        simulation.restart()
+        for add in self.again:
+            add(simulation)
+
+
+@dataclass(frozen=True)
+class BreakFile:
+    index: int
+
+    def __call__(self, simulation: Simulation) -> None:
+        simulation.break_file(self.index)
+
+
+def _kept(simulation: Simulation, index: int | None) -> Kept | None:
+    if index is None or not simulation.kept:
+        return None
+    return simulation.kept[index % len(simulation.kept)]
 
 
 @dataclass(frozen=True)
@@ -74,6 +185,7 @@ class Step:
             while simulation.plan() is not None:
                 pass
             simulation.commit(fails=self.fails and rest == 0)
+            simulation.work_disk()
 
 
 @dataclass(frozen=True)
@@ -93,7 +205,23 @@ class Reconfigure:
         simulation.reconfigure(self.extra_batch_tokens, self.decode_first)
 
 
-Operation = Add | FollowUp | Plan | Commit | Step | Abort | Reconfigure
+Operation = (
+    Add
+    | AddAgain
+    | FollowUp
+    | Keep
+    | Continue
+    | LetGo
+    | Plan
+    | Commit
+    | Step
+    | Abort
+    | SwapOut
+    | WorkDisk
+    | Restart
+    | BreakFile
+    | Reconfigure
+)
 
 
 def prompts() -> st.SearchStrategy[tuple[int, ...]]:
@@ -135,25 +263,42 @@ def operations() -> st.SearchStrategy[Operation]:
     add = st.builds(Add, st.lists(requests(), min_size=1, max_size=2).map(tuple))
     burst = st.builds(Add, st.lists(requests(), min_size=3, max_size=8).map(tuple))
     equal = st.builds(lambda request, times: Add((request,) * times), requests(), st.integers(2, 5))
+    follow_up = st.builds(FollowUp, st.integers(0, 10), requests())
+    again = st.builds(AddAgain, st.integers(0, 10), st.integers(0, 3))
+    step = st.builds(Step, st.integers(1, 6))
+    go_on = st.builds(
+        Continue,
+        st.lists(requests(), min_size=1, max_size=3).map(tuple),
+        st.integers(0, 3),
+        st.booleans(),
+    )
     return st.one_of(
+        st.just(Plan()),  # first, as hypothesis makes this of what a failure does not need
+        st.just(Commit()),
         add,
         burst,
         equal,
-        st.builds(FollowUp, st.integers(0, 10), requests()),
-        st.builds(FollowUp, st.integers(0, 10), requests()),
-        st.just(Plan()),
-        st.just(Commit()),
+        *[follow_up] * 2,
+        *[again] * 3,
         st.just(Commit(fails=True)),
-        st.builds(Step, st.integers(1, 6)),
-        st.builds(Step, st.integers(1, 6)),
+        *[step] * 4,
         st.builds(Step, st.integers(1, 4), fails=st.just(True)),
         st.builds(Abort, st.integers(0, 10)),
+        st.builds(Keep, requests(), st.none() | st.integers(0, 3)),
+        *[go_on] * 2,
+        st.builds(LetGo, st.integers(0, 3)),
+        *[st.builds(SwapOut, st.integers(0, 5))] * 2,
+        st.builds(WorkDisk, st.integers(1, 4)),
+        st.builds(WorkDisk, st.just(1), fails=st.just(True)),
+        st.builds(Restart, st.booleans(), st.lists(again, max_size=4).map(tuple)),
+        st.builds(BreakFile, st.integers(0, 5)),
         st.builds(Reconfigure, st.integers(0, 20), st.booleans()),
     )
 
 
-def scripts(max_size: int = 25) -> st.SearchStrategy[list[Operation]]:
-    return st.lists(operations(), max_size=max_size)
+def scripts(min_size: int = 10, max_size: int = 25) -> st.SearchStrategy[list[Operation]]:
+    """Short ones begin nothing that a later operation could disturb."""
+    return st.lists(operations(), min_size=min_size, max_size=max_size)
 
 
 def setups() -> st.SearchStrategy[Setup]:
@@ -169,4 +314,8 @@ def setups() -> st.SearchStrategy[Setup]:
         has_cache=st.sampled_from((True, True, True, False)),
         min_snapshot_tokens=st.sampled_from((0, 0, 6)),
         max_ghosts=st.sampled_from((1000, 1000, 3)),
+        num_frames=st.sampled_from((0, 2, 4, 10, 10)),
+        max_files=st.sampled_from((0, 2, 20, 20)),
+        min_file_tokens=st.sampled_from((0, 0, 8)),
+        time_slice_tokens=st.sampled_from((0, 0, 2, 5)),
     )

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from engine.plan import ZERO_SLOT, Row, SeatStart, SlotRef, StepPlan, StepResult
+from engine.plan import BAD_TOKEN, ZERO_SLOT, Row, SeatStart, SlotRef, StepPlan, StepResult
 from engine.scheduler import Progress, Scheduler
 from engine.sequence import Sequence
 from engine.state.cache import StateCache
@@ -132,8 +132,8 @@ def abort_leaks_its_slot(patch: Patch) -> None:
 def slot_is_released_when_the_last_row_is_planned(patch: Patch) -> None:
     row_of, release = Scheduler._row, SlotPool.release
 
-    def row(self: Scheduler, seq: Sequence, num_tokens: int, *, is_decode: bool) -> Row:
-        made = row_of(self, seq, num_tokens, is_decode=is_decode)
+    def row(self: Scheduler, seq: Sequence, num_tokens: int) -> Row:
+        made = row_of(self, seq, num_tokens)
         if seq.num_planned == seq.num_prompt_tokens + seq.max_tokens - 1:
             release(self.cache.pool, made.dst)
         return made
@@ -175,13 +175,13 @@ def start_carries_the_sampling_of_another(patch: Patch) -> None:
 
 
 def seat_is_not_given_back(patch: Patch) -> None:
-    release = Scheduler._release
+    leave_seat = Scheduler._leave_seat
 
     def leaky(self: Scheduler, seq: Sequence) -> None:
-        release(self, seq)
+        leave_seat(self, seq)
         self._free_seats.pop()
 
-    patch.setattr(Scheduler, "_release", leaky)
+    patch.setattr(Scheduler, "_leave_seat", leaky)
     patch.setattr(Scheduler, "check", lambda self: None)
 
 
@@ -219,8 +219,8 @@ def middle_chunk_is_ragged(patch: Patch) -> None:
 def change_rows(patch: Patch, change: Callable[[Row], Row]) -> None:
     row_of = Scheduler._row
 
-    def row(self: Scheduler, seq: Sequence, num_tokens: int, *, is_decode: bool) -> Row:
-        return change(row_of(self, seq, num_tokens, is_decode=is_decode))
+    def row(self: Scheduler, seq: Sequence, num_tokens: int) -> Row:
+        return change(row_of(self, seq, num_tokens))
 
     patch.setattr(Scheduler, "_row", row)
 
@@ -241,7 +241,7 @@ def each_chunk_draws(patch: Patch) -> None:
 
 def prompt_token_is_fed_twice(patch: Patch) -> None:
     def stutter(row: Row) -> Row:
-        if row.tokens is None or row.position == 0:
+        if not row.tokens or row.position == 0:
             return row
         return replace(row, tokens=(row.tokens[0], *row.tokens[:-1]))
 
@@ -291,10 +291,10 @@ def decode_rows_are_not_in_the_budget(patch: Patch) -> None:
 
 
 def last_come_is_first_served(patch: Patch) -> None:
-    def add(self: Scheduler, seq: Sequence) -> None:
+    def enqueue(self: Scheduler, seq: Sequence, *, keeps_turn: bool = False) -> None:
         self._waiting.insert(0, seq)
 
-    patch.setattr(Scheduler, "add", add)
+    patch.setattr(Scheduler, "_enqueue", enqueue)
     patch.setattr(Scheduler, "check", lambda self: None)
 
 
@@ -324,8 +324,8 @@ def result_of_an_ended_row_goes_to_the_next_in_its_seat(patch: Patch) -> None:
 def change_tokens(patch: Patch, change: Callable[[Sequence, int], int]) -> None:
     take_token = Scheduler._take_token
 
-    def take(self: Scheduler, seq: Sequence, token_id: int) -> Progress:
-        return take_token(self, seq, change(seq, token_id))
+    def take(self: Scheduler, seq: Sequence, token_id: int, logprob: float) -> Progress:
+        return take_token(self, seq, change(seq, token_id), logprob)
 
     patch.setattr(Scheduler, "_take_token", take)
 
@@ -335,7 +335,11 @@ def bad_token_is_taken_for_a_token(patch: Patch) -> None:
 
 
 def stop_token_is_overlooked(patch: Patch) -> None:
-    def take(self: Scheduler, seq: Sequence, token_id: int) -> Progress:
+    take_token = Scheduler._take_token
+
+    def take(self: Scheduler, seq: Sequence, token_id: int, logprob: float) -> Progress:
+        if token_id == BAD_TOKEN or seq.max_tokens == 0:
+            return take_token(self, seq, token_id, logprob)
         seq.output_ids.append(token_id)
         if len(seq.output_ids) == seq.max_tokens:
             self.finish(seq, FinishReason.LENGTH)

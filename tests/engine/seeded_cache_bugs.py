@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Tokens
 
-from engine.plan import SlotRef, StepPlan
+from engine.plan import PageMove, SlotRef, StepPlan
 from engine.scheduler import Progress, Scheduler
 from engine.sequence import FrozenSlot, Sequence
-from engine.state import cache as cache_module
-from engine.state import owners
+from engine.state import matching, owners, prefix
 from engine.state.cache import StateCache
+from engine.state.page import Page
 from engine.state.pool import SlotPool
-from engine.state.prefix import Page, PrefixIndex, link, root
+from engine.state.prefix import PrefixIndex, link, root
+from engine.state.snapshots import Snapshots
+from engine.state.tiers import PageTiers
 from engine.types import FinishReason
 from tests.engine import simulation as simulation_module
 from tests.engine.seeded_bugs import Bug, Patch
@@ -31,7 +33,7 @@ def without_check(patch: Patch) -> None:
 def page_is_published_when_it_is_planned(patch: Patch) -> None:
     def publish(self: StateCache, seq: Sequence) -> None:
         while seq.frozen:
-            self._index(seq, seq.frozen.pop(0))
+            self.snapshots.publish_slot(seq, seq.frozen.pop(0))
 
     patch.setattr(StateCache, "publish", publish)
 
@@ -43,27 +45,28 @@ def page_of_a_failed_step_is_published(patch: Patch) -> None:
         for row in plan.rows:
             seq = self._running.get(row.seq_id)
             while seq is not None and seq.frozen:
-                self.cache._index(seq, seq.frozen.pop(0))
+                self.cache.snapshots.publish_slot(seq, seq.frozen.pop(0))
         return fail_rows(self, plan, error)
 
     patch.setattr(Scheduler, "_fail_rows", fail)
 
 
 def page_is_filed_one_paragraph_short(patch: Patch) -> None:
-    index = StateCache._index
+    publish_slot = Snapshots.publish_slot
 
-    def short(self: StateCache, seq: Sequence, left: FrozenSlot) -> None:
-        num_tokens = max(left.num_tokens - self.paragraph_len, self.paragraph_len)
-        index(self, seq, FrozenSlot(num_tokens, left.slot))
+    def short(self: Snapshots, seq: Sequence, left: FrozenSlot) -> None:
+        num_tokens = max(left.num_tokens - self._paragraph_len, self._paragraph_len)
+        is_short = left.is_end or left.num_tokens % self._paragraph_len
+        publish_slot(self, seq, left if is_short else FrozenSlot(num_tokens, left.slot))
 
-    patch.setattr(StateCache, "_index", short)
+    patch.setattr(Snapshots, "publish_slot", short)
 
 
 def slot_with_rows_in_flight_is_kept_at_the_end(patch: Patch) -> None:
     release = StateCache.release
 
     def keep(self: StateCache, seq: Sequence) -> None:
-        seq.num_planned = seq.num_computed or seq.num_planned  # forgets the look-ahead
+        seq.num_rows_in_flight = 0  # forgets the look-ahead
         release(self, seq)
 
     patch.setattr(StateCache, "release", keep)
@@ -75,7 +78,8 @@ def slot_of_a_failed_row_is_kept_at_the_end(patch: Patch) -> None:
     def keep(self: StateCache, seq: Sequence) -> None:
         reason = seq.finish_reason
         if reason is FinishReason.ERROR and seq.num_planned <= seq.num_prompt_tokens:
-            seq.num_computed, seq.finish_reason = seq.num_planned, None
+            seq.num_computed, seq.num_rows_in_flight = seq.num_planned, 0
+            seq.finish_reason = None
         release(self, seq)
         seq.finish_reason = reason
 
@@ -111,15 +115,15 @@ def snapshot_is_not_frozen(patch: Patch) -> None:
 
 
 def snapshot_is_left_off_the_grid(patch: Patch) -> None:
-    slot_to_go_on = StateCache._slot_to_go_on
+    slot_to_go_on = Snapshots.slot_to_go_on
 
-    def early(self: StateCache, seq: Sequence) -> SlotRef | None:
+    def early(self: Snapshots, seq: Sequence) -> SlotRef | None:
         at = seq.num_planned
-        if self._seed is not None and at > seq.num_prompt_tokens and at % self.paragraph_len == 1:
-            return self.pool.alloc()
+        if self._is_on and at > seq.num_prompt_tokens and at % self._paragraph_len == 1:
+            return self._pool.alloc()
         return slot_to_go_on(self, seq)
 
-    patch.setattr(StateCache, "_slot_to_go_on", early)
+    patch.setattr(Snapshots, "slot_to_go_on", early)
     patch.setattr(StateCache, "publish", lambda self, seq: None)
     without_check(patch)
 
@@ -128,9 +132,9 @@ def snapshot_is_left_off_the_grid(patch: Patch) -> None:
 
 
 def whole_prompt_is_matched(patch: Patch) -> None:
-    match = PrefixIndex.match
+    matches = PrefixIndex.matches
     patch.setattr(
-        PrefixIndex, "match", lambda self, chain, max_tokens: match(self, chain, max_tokens + 1)
+        PrefixIndex, "matches", lambda self, chain, max_tokens: matches(self, chain, max_tokens + 1)
     )
 
 
@@ -138,7 +142,7 @@ def links_are_not_chained(patch: Patch) -> None:
     def alone(previous: bytes, tokens: Tokens[int]) -> bytes:
         return link(b"", tokens)
 
-    for module in (cache_module, simulation_module):
+    for module in (prefix, matching, simulation_module):
         patch.setattr(module, "link", alone)
 
 
@@ -146,13 +150,13 @@ def links_hold_the_first_token_only(patch: Patch) -> None:
     def first(previous: bytes, tokens: Tokens[int]) -> bytes:
         return link(previous, tokens[:1])
 
-    for module in (cache_module, simulation_module):
+    for module in (prefix, matching, simulation_module):
         patch.setattr(module, "link", first)
 
 
 def salt_is_ignored(patch: Patch) -> None:
-    for module in (cache_module, simulation_module):
-        patch.setattr(module, "root", lambda seed, salt: root(seed, ""))
+    for module in (matching, simulation_module):
+        patch.setattr(module, "root", lambda seed, salt, base: root(seed, "", base))
 
 
 def hit_begins_from_the_zero_page(patch: Patch) -> None:
@@ -160,7 +164,9 @@ def hit_begins_from_the_zero_page(patch: Patch) -> None:
 
     def from_zero(self: StateCache, seq: Sequence) -> bool:
         is_admitted = admit(self, seq)
-        seq.origin = self.pool.zero if is_admitted else seq.origin
+        if seq.origin is not None and seq.has_origin:
+            self.pool.release(seq.origin)
+            seq.origin, seq.has_origin = self.pool.zero, False
         return is_admitted
 
     patch.setattr(StateCache, "admit", from_zero)
@@ -171,7 +177,7 @@ def hit_writes_into_the_page_it_reads(patch: Patch) -> None:
 
     def in_place(self: StateCache, seq: Sequence) -> bool:
         is_admitted = admit(self, seq)
-        if is_admitted and seq.origin in self._reading and seq.slot is not None:
+        if is_admitted and seq.has_origin and seq.origin is not None and seq.slot is not None:
             self.pool.release(seq.slot)
             self.pool.retain(seq.origin)
             seq.slot = seq.origin
@@ -198,36 +204,40 @@ def cached_tokens_are_one_paragraph_too_many(patch: Patch) -> None:
 
 
 def page_is_evicted_while_the_plan_reads_it(patch: Patch) -> None:
-    patch.setattr(StateCache, "_hold", lambda self, slot: None)
+    patch.setattr(PageTiers, "read", lambda self, slot: None)
 
 
 def evicted_page_stays_in_the_index(patch: Patch) -> None:
-    def drop(self: StateCache, page: Page) -> None:
-        self.pool.release(page.slot)
+    def leave_slot(self: PageTiers, page: Page) -> None:
+        assert page.slot is not None
+        self.slots.release(page.slot)
+        self.on_device.remove(page)
 
-    patch.setattr(StateCache, "_drop", drop)
+    patch.setattr(PageTiers, "_leave_slot", leave_slot)
     without_check(patch)
 
 
 def second_page_of_the_same_text_leaks(patch: Patch) -> None:
-    insert = PrefixIndex.insert
+    file = Snapshots._file
 
-    def insert_or_leak(self: PrefixIndex, page: Page) -> bool:
-        insert(self, page)
-        return True
+    def file_or_leak(self: Snapshots, seq: Sequence, digest: bytes, left: FrozenSlot) -> object:
+        old = self._index.get(digest)
+        return file(self, seq, digest, left) if old is None else (old, False)
 
-    patch.setattr(PrefixIndex, "insert", insert_or_leak)
+    patch.setattr(Snapshots, "_file", file_or_leak)
     without_check(patch)
 
 
 def page_is_released_twice(patch: Patch) -> None:
-    drop = StateCache._drop
+    leave_slot = PageTiers._leave_slot
 
-    def twice(self: StateCache, page: Page) -> None:
-        drop(self, page)
-        self.pool._free.append(page.slot.slot)
+    def twice(self: PageTiers, page: Page) -> None:
+        assert page.slot is not None
+        slot = page.slot.slot
+        leave_slot(self, page)
+        self.slots._free.append(slot)
 
-    patch.setattr(StateCache, "_drop", twice)
+    patch.setattr(PageTiers, "_leave_slot", twice)
     patch.setattr(SlotPool, "check", lambda self: None)
     without_check(patch)
 
@@ -244,7 +254,13 @@ def snapshots_in_flight_leak_at_the_end(patch: Patch) -> None:
 
 
 def what_a_plan_reads_is_held_for_ever(patch: Patch) -> None:
-    patch.setattr(StateCache, "end_plan", lambda self: self._reading.clear())
+    end_plan = PageTiers.end_plan
+
+    def forgetful(self: PageTiers) -> tuple[PageMove, ...]:
+        self._reading.clear()
+        return end_plan(self)
+
+    patch.setattr(PageTiers, "end_plan", forgetful)
     without_check(patch)
 
 
@@ -252,16 +268,16 @@ def what_a_plan_reads_is_held_for_ever(patch: Patch) -> None:
 
 
 def snapshots_keep_new_sequences_out(patch: Patch) -> None:
-    take_slot = StateCache._take_slot
+    take_slot = PageTiers.take_slot
 
-    def only_free(self: StateCache, spare: Page | None = None) -> SlotRef | None:
-        return take_slot(self, spare) if self.pool.num_free else None
+    def only_free(self: PageTiers, spare: Page | None = None) -> SlotRef | None:
+        return take_slot(self, spare) if self.slots.num_free else None
 
-    patch.setattr(StateCache, "_take_slot", only_free)
+    patch.setattr(PageTiers, "take_slot", only_free)
 
 
 def snapshots_take_the_slots_of_those_about_to_begin(patch: Patch) -> None:
-    patch.setattr(StateCache, "begin_plan", lambda self, num_reserved: None)
+    patch.setattr(Snapshots, "reserve", lambda self, num_reserved: None)
 
 
 def whoever_waits_outlives_its_owner(patch: Patch) -> None:
@@ -275,7 +291,7 @@ def sequence_that_shares_nothing_waits(patch: Patch) -> None:
     must_wait = StateCache.must_wait
 
     def shy(self: StateCache, seq: Sequence) -> bool:
-        return must_wait(self, seq) or bool(seq.seq_id % 2 and self._num_reserved > 1)
+        return must_wait(self, seq) or bool(seq.seq_id % 2 and self.snapshots._num_reserved > 1)
 
     patch.setattr(StateCache, "must_wait", shy)
 

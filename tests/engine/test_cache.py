@@ -12,7 +12,8 @@ import pytest
 
 from engine.plan import StepPlan
 from engine.types import CacheStats, EngineRequest, FinishReason, SamplingParams
-from tests.engine.simulation import Setup, Simulation, Tracked
+from tests.engine.simulation import Simulation
+from tests.engine.tracked import Setup, Tracked
 
 SETUP = Setup(has_cache=True, num_slots=8, paragraph_len=4, extra_batch_tokens=64, depth=2)
 
@@ -38,7 +39,7 @@ def serve(simulation: Simulation, *requests: EngineRequest) -> list[int]:
 
 def snapshots(simulation: Simulation) -> list[int]:
     """Numbers of tokens of the pages there are."""
-    return sorted(page.num_tokens for page in simulation.cache.index.victims())
+    return sorted(page.num_tokens for page in simulation.cache.index)
 
 
 def plan(simulation: Simulation) -> StepPlan:
@@ -55,22 +56,24 @@ def rows_of(made: StepPlan) -> list[tuple[int, int, int]]:
 # Where snapshots are left
 
 
-def test_a_prompt_leaves_its_last_boundary_that_leaves_a_token_to_compute() -> None:
-    for num_prompt, expected in ((3, []), (4, [4]), (5, [4]), (8, [4, 8]), (9, [8]), (11, [8])):
+def test_a_prompt_leaves_its_last_boundary_and_its_end() -> None:
+    for num_prompt, expected in ((3, [3]), (4, [4]), (5, [4, 5]), (8, [4, 8]), (11, [8, 11])):
         simulation = Simulation(SETUP)
         serve(simulation, ask(*range(num_prompt)))
-        assert snapshots(simulation) == expected  # the end of the prompt costs nothing
+        assert snapshots(simulation) == expected
+        assert simulation.num_forks == len(expected) - 1  # the end costs nothing here
 
 
-def test_an_equal_prompt_computes_only_the_rest() -> None:
+def test_a_longer_prompt_computes_only_the_rest() -> None:
     simulation = Simulation(SETUP)
-    cached = [serve(simulation, ask(*range(num)))[0] for num in (11, 11, 12, 13, 8)]
-    assert cached == [0, 8, 8, 12, 0]  # of 8 tokens, 4 might be cached, but nobody left them
-    assert simulation.cache.stats.num_queried_tokens == 11 + 11 + 12 + 13 + 8
-    assert simulation.cache.stats.num_hit_tokens == 8 + 8 + 12
-    assert simulation.num_hits == 3
-    # Left with rows to follow: 8 by the first, 4 by the last; the ends of two prompts cost none.
-    assert simulation.num_forks == 2
+    cached = [serve(simulation, ask(*range(num)))[0] for num in (11, 12, 13, 8)]
+    # The end of the first is of use to nobody else; of 8 tokens, 4 might be cached, but nobody
+    # left them, and the page of 8 has no logits.
+    assert cached == [0, 8, 12, 0]
+    assert simulation.cache.stats.num_queried_tokens == 11 + 12 + 13 + 8
+    assert simulation.cache.stats.num_hit_tokens == 8 + 12
+    assert simulation.num_hits == 2
+    assert simulation.num_draws_kept == 0
 
 
 def test_the_point_where_two_prompts_part_is_left_by_the_second() -> None:
@@ -78,7 +81,7 @@ def test_the_point_where_two_prompts_part_is_left_by_the_second() -> None:
     common = range(13)
     prompts = [ask(*common, *range(first, first + 8)) for first in (100, 200, 300)]
     assert [serve(simulation, prompt) for prompt in prompts] == [[0], [0], [12]]
-    assert snapshots(simulation) == [12, 20, 20, 20]
+    assert snapshots(simulation) == [12, 20, 20, 20, 21, 21, 21]
 
 
 def test_a_branch_that_would_save_little_is_not_left() -> None:
@@ -90,20 +93,20 @@ def test_a_branch_that_would_save_little_is_not_left() -> None:
 def test_hints_are_rounded_down_to_the_grid() -> None:
     simulation = Simulation(SETUP)
     serve(simulation, ask(*range(21), hints=(3, 7, 13)))
-    assert snapshots(simulation) == [4, 12, 20]
+    assert snapshots(simulation) == [4, 12, 20, 21]
     assert serve(simulation, ask(*range(13), 99, 99)) == [12]
 
 
 def test_hints_keep_their_distance() -> None:
     simulation = Simulation(replace(SETUP, min_snapshot_tokens=8))
-    serve(simulation, ask(*range(41), hints=(4, 8, 12, 16, 24)))
-    assert snapshots(simulation) == [8, 16, 24, 40]
+    serve(simulation, ask(*range(41), hints=(4, 8, 12, 16)))
+    assert snapshots(simulation) == [8, 16, 40, 41]
 
 
 def test_of_many_hints_the_first_and_the_deepest_count() -> None:
     simulation = Simulation(SETUP)
     serve(simulation, ask(*range(41), hints=(4, 8, 12, 16, 20, 24, 28)))
-    assert snapshots(simulation) == [4, 20, 24, 28, 40]
+    assert snapshots(simulation) == [4, 28, 40, 41]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -111,9 +114,9 @@ def test_decoding_leaves_its_latest_boundary_only(depth: int) -> None:
     simulation = Simulation(replace(SETUP, depth=depth))
     first = simulation.add(ask(*range(5), max_tokens=11))
     simulation.drain()
-    # 5 + 10 tokens were fed: boundaries 8 and 12 were passed, and 4 is the prompt's.
-    assert snapshots(simulation) == [4, 12]
-    assert simulation.num_forks == 3
+    # 5 + 10 tokens were fed: boundaries 8 and 12 were passed, 4 and 5 are the prompt's.
+    assert snapshots(simulation) == [4, 5, 12]
+    assert simulation.num_forks == 4
     assert serve(simulation, ask(*range(5), *first.tokens, 1, 2, 3)) == [12]
 
 
@@ -121,8 +124,8 @@ def test_a_sequence_that_ends_on_the_grid_leaves_its_slot() -> None:
     simulation = Simulation(SETUP)
     first = simulation.add(ask(*range(5), max_tokens=4))
     simulation.drain()
-    assert snapshots(simulation) == [4, 8]
-    assert simulation.num_forks == 1
+    assert snapshots(simulation) == [4, 5, 8]
+    assert simulation.num_forks == 2
     assert serve(simulation, ask(*range(5), *first.tokens, 1)) == [8]
 
 
@@ -138,20 +141,24 @@ def test_a_stop_token_is_in_no_snapshot() -> None:
     stopping.drain()
     # 5 + 2 tokens were fed before the stop token was drawn; look-ahead went on to 8 and beyond.
     assert stopped.tokens == free_run.tokens[:3]
-    assert snapshots(stopping) == [4]
+    assert snapshots(stopping) == [4, 5]
 
 
-def test_decoding_takes_no_slot_that_holds_a_snapshot_of_others() -> None:
-    simulation = Simulation(replace(SETUP, num_slots=2))
-    serve(simulation, ask(*range(50, 59)))
-    assert snapshots(simulation) == [8]
+def test_for_an_answer_the_snapshot_of_one_other_makes_room() -> None:
+    simulation = Simulation(replace(SETUP, num_slots=3, max_batch_size=1))
+    for first in (50, 60, 70):
+        serve(simulation, ask(first))
+    assert snapshots(simulation) == [1, 1, 1]
+    # One makes room for it to begin, one for 4 tokens; 8 and 12 take the place of that.
     serve(simulation, ask(1, 2, max_tokens=12))
-    assert snapshots(simulation) == [8]
+    assert snapshots(simulation) == [1, 12]
 
 
-def test_with_no_free_slot_decoding_gives_its_older_boundary_for_the_newer() -> None:
-    simulation = Simulation(replace(SETUP, num_slots=2, max_batch_size=1))
+def test_in_the_last_slot_an_answer_leaves_nothing_before_its_end() -> None:
+    simulation = Simulation(replace(SETUP, num_slots=1, max_batch_size=1))
     serve(simulation, ask(1, 2, max_tokens=12))
+    assert snapshots(simulation) == []
+    serve(simulation, ask(1, 2, max_tokens=11))
     assert snapshots(simulation) == [12]
 
 
@@ -193,7 +200,7 @@ def test_what_led_to_logits_that_are_not_finite_is_forgotten() -> None:
 
 def test_tenants_share_nothing() -> None:
     simulation = Simulation(SETUP)
-    assert [serve(simulation, ask(*range(9), salt=salt))[0] for salt in "aba"] == [0, 0, 8]
+    assert [serve(simulation, ask(*range(9), salt=salt))[0] for salt in "aba"] == [0, 0, 9]
     assert serve(simulation, ask(*range(9), salt="c"), ask(*range(9), salt="d")) == [0, 0]
 
 
@@ -202,7 +209,8 @@ def test_tenants_share_nothing() -> None:
 
 def test_equal_prompts_that_arrive_together_are_computed_once() -> None:
     simulation = Simulation(SETUP)
-    assert serve(simulation, *[ask(*range(11))] * 5) == [0, 8, 8, 8, 8]
+    assert serve(simulation, *[ask(*range(11))] * 5) == [0, 11, 11, 11, 11]
+    assert simulation.num_draws_kept == 4
     assert not any(tracked.seq.awaited for tracked in simulation.tracked.values())
 
 
@@ -221,7 +229,9 @@ def test_whoever_waits_is_passed_by() -> None:
     assert rows_of(plan(simulation)) == [(0, 0, 8), (2, 0, 1)]
     assert rows_of(plan(simulation)) == [(0, 8, 1)]
     simulation.commit()
-    assert rows_of(plan(simulation)) == [(1, 8, 1)]
+    assert simulation.plan() is None
+    simulation.commit()
+    assert rows_of(plan(simulation)) == [(1, 9, 0)]
     simulation.drain()
 
 
@@ -243,7 +253,8 @@ def test_whoever_waits_goes_alone_when_the_owner_ends(how: str) -> None:
 def test_whoever_waits_goes_alone_when_there_is_no_slot_for_the_snapshot() -> None:
     simulation = Simulation(replace(SETUP, num_slots=2))
     simulation.add(ask(50, 51, max_tokens=9))
-    first, second = (simulation.add(ask(*range(9))) for _ in range(2))
+    first = simulation.add(ask(*range(9), max_tokens=5))
+    second = simulation.add(ask(*range(8), 99))
     simulation.drain()
     assert [first.num_cached, second.num_cached] == [0, 0]
 
@@ -253,14 +264,16 @@ def test_whoever_waits_goes_alone_when_there_is_no_slot_for_the_snapshot() -> No
 
 def test_admission_takes_the_slots_of_snapshots() -> None:
     simulation = Simulation(replace(SETUP, num_slots=3))
-    for first in (0, 50):
-        serve(simulation, ask(*range(first, first + 9)))
-    assert len(snapshots(simulation)) == 2
+    for first in (0, 50, 60):
+        serve(simulation, ask(first))
+    assert simulation.cache.stats == CacheStats(
+        num_queried_tokens=3, num_snapshots=3, num_device_pages=3
+    )
     for first in (100, 200, 300):
         simulation.add(ask(first, max_tokens=3))
     assert len(plan(simulation).rows) == 3
     assert snapshots(simulation) == []
-    assert simulation.cache.stats == CacheStats(num_queried_tokens=21, num_evictions=2)
+    assert simulation.cache.stats == CacheStats(num_queried_tokens=6, num_evictions=3)
     simulation.drain()
 
 
@@ -279,7 +292,7 @@ def test_in_the_last_slot_a_prompt_goes_on_where_its_snapshot_lies() -> None:
 def test_a_page_is_kept_as_long_as_the_plan_in_the_making_reads_it() -> None:
     simulation = Simulation(replace(SETUP, num_slots=3))
     serve(simulation, ask(*range(9)))
-    for request in (ask(*range(9), max_tokens=4), ask(50, max_tokens=4), ask(60, max_tokens=4)):
+    for request in (ask(*range(8), 99, max_tokens=4), *[ask(n, max_tokens=4) for n in (50, 60)]):
         simulation.add(request)
     # Three slots, one of them a snapshot that the first row reads: the third has to wait.
     assert [row.seq_id for row in plan(simulation).rows] == [1, 2]
@@ -291,11 +304,11 @@ def test_a_page_is_kept_as_long_as_the_plan_in_the_making_reads_it() -> None:
 
 def test_a_slot_is_rewritten_while_an_earlier_plan_that_reads_it_is_in_flight() -> None:
     simulation = Simulation(replace(SETUP, num_slots=2, max_batch_size=2))
-    serve(simulation, ask(*range(9)))
-    simulation.add(ask(*range(9), max_tokens=3))
+    serve(simulation, ask(*range(8)), ask(*range(4)))
+    simulation.add(ask(*range(4), 99, max_tokens=3))
     reader = plan(simulation).rows[0]
     simulation.add(ask(50, max_tokens=3))
-    writer = next(row for row in plan(simulation).rows if row.seq_id == 2)
+    writer = next(row for row in plan(simulation).rows if row.seq_id == 3)
     assert writer.dst.slot == reader.src.slot
     assert writer.dst.generation == reader.src.generation + 1
     simulation.drain()  # every answer is right: the device runs plans in order
@@ -308,7 +321,7 @@ def test_what_was_used_outlives_what_was_not() -> None:
     for first in range(50, 100, 10):
         serve(simulation, ask(*range(first, first + 9)))
     assert simulation.cache.stats.num_evictions > 0
-    assert serve(simulation, ask(*range(9))) == [8]
+    assert serve(simulation, ask(*range(9))) == [9]
 
 
 def test_without_a_seed_nothing_is_left() -> None:

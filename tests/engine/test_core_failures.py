@@ -78,12 +78,12 @@ async def test_broken_books_are_reported_to_every_reader(caplog: pytest.LogCaptu
     async with running(make_core(runner), dies=True) as core:
         streams = [core.submit(ask("a", max_tokens=1)), core.submit(ask("b"))]
         await turn()
-        for response in core._responses.values():
+        for response in core._responses:
             assert response.seq.slot is not None
             core._scheduler.cache.pool.release(response.seq.slot)  # a bug that frees slots in use
         runner.deliver()
         deltas = [await read_all(stream) for stream in streams]
-    assert [delta.finish_reason for delta in deltas] == [FinishReason.LENGTH, FinishReason.ERROR]
+    assert [delta.finish_reason for delta in deltas] == [FinishReason.ERROR] * 2
     assert "stale SlotRef" in caplog.text
 
 
@@ -96,7 +96,7 @@ async def test_a_leaked_slot_is_found_when_the_engine_is_idle() -> None:
         assert leaked is not None
         await deliver_all(runner)
         assert_is_whole(await read_all(stream), ask())
-        assert core._death == "AssertionError: 1 slots used by 0 sequences and 0 snapshots"
+        assert core._death == "AssertionError: 1 slots used, known are []"
 
 
 async def test_the_age_of_the_last_commit_shows_a_hanging_device() -> None:

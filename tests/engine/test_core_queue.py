@@ -118,9 +118,9 @@ async def test_an_adopted_request_keeps_its_deadline() -> None:
         stream.submitted_s -= 60  # as if it had waited a minute
         [(request, _)] = old.take_waiting()
         new.adopt(request, stream)
-        left_s = new._timers["second"].when() - asyncio.get_running_loop().time()
+        left_s = new._responses._timers["second"].when() - asyncio.get_running_loop().time()
         assert left_s == pytest.approx(40, abs=1)
-        assert old._timers == {}
+        assert old._responses._timers == {}
 
 
 async def test_a_request_that_cannot_be_adopted_ends_with_an_error() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from engine.state.parts import StateParts
 from engine.types import CacheStats, FinishReason
 from tests.engine.replica import (
     Recorder,
@@ -54,7 +55,7 @@ async def test_stats_tell_the_times_of_a_finished_request() -> None:
 async def test_cached_tokens_are_told_to_reader_statistics_and_gauges() -> None:
     runner, stats = HashRunner(), Recorder()
     request = ask(prompt_ids=tuple(range(11)), max_tokens=2)
-    async with running(make_core(runner, stats=stats, cache_seed=b"seed")) as core:
+    async with running(make_core(runner, stats=stats, parts=StateParts(seed=b"seed"))) as core:
         deltas = []
         for name in ("first", "again"):
             stream = core.submit(replace(request, request_id=name))
@@ -63,10 +64,13 @@ async def test_cached_tokens_are_told_to_reader_statistics_and_gauges() -> None:
         snapshot = core.snapshot()
     for delta in deltas:
         assert_is_whole(delta, request)
-    assert [delta.num_cached_tokens for delta in deltas] == [0, 8]
-    assert [one.num_cached_tokens for one in stats.requests] == [0, 8]
-    # Paragraphs of 4: both ended on 12 tokens, which is one snapshot beside that of the prompt.
-    assert snapshot.cache == CacheStats(num_queried_tokens=22, num_hit_tokens=8, num_snapshots=2)
+    assert [delta.num_cached_tokens for delta in deltas] == [0, 11]
+    assert [one.num_cached_tokens for one in stats.requests] == [0, 11]
+    # Paragraphs of 4. Snapshots: the prompt's last boundary and its end with logits, at 8 and 11,
+    # and where both ended, at 12.
+    assert snapshot.cache == CacheStats(
+        num_queried_tokens=22, num_hit_tokens=11, num_snapshots=3, num_device_pages=3
+    )
     assert snapshot.num_free_slots == snapshot.num_slots == 4
 
 

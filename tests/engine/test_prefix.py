@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import count
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.plan import SlotRef
-from engine.state.prefix import Page, PrefixIndex, link, root
+from engine.state.page import Page
+from engine.state.prefix import PrefixIndex, extend, link, root
 
-LENGTH, MAX_PROTECTED, MAX_GHOSTS = 2, 3, 8
+LENGTH, MAX_GHOSTS = 2, 8
 Text = tuple[int, ...]
 
 # Texts of few tokens and few values, so that most share a beginning.
@@ -32,37 +30,26 @@ def prefixes(text: Text, max_tokens: int) -> list[Text]:
     return [text[:end] for end in range(longest, 0, -LENGTH)]
 
 
+def page_of(text: Text) -> Page:
+    return Page(chain_of(text)[-1], len(text), slot=SlotRef(1, 0))
+
+
 class ListIndex:
-    """The same as plain lists of texts, the one to give up first in front."""
+    """The same as plain lists of texts."""
 
     def __init__(self) -> None:
-        self.probation: list[Text] = []
-        self.protected: list[Text] = []
+        self.texts: list[Text] = []
         self.ghosts: list[Text] = []
 
-    @property
-    def texts(self) -> list[Text]:
-        return self.probation + self.protected
+    def matches(self, text: Text, max_tokens: int) -> list[Text]:
+        return [one for one in prefixes(text, max_tokens) if one in self.texts]
 
-    def match(self, text: Text, max_tokens: int) -> Text | None:
-        return next((one for one in prefixes(text, max_tokens) if one in self.texts), None)
-
-    def insert(self, text: Text) -> bool:
-        if text in self.texts:
-            return False
+    def insert(self, text: Text) -> None:
         self.ghosts = [ghost for ghost in self.ghosts if ghost != text]
-        self.probation.append(text)
-        return True
-
-    def touch(self, text: Text) -> None:
-        self.probation = [one for one in self.probation if one != text]
-        self.protected = [one for one in self.protected if one != text] + [text]
-        if len(self.protected) > MAX_PROTECTED:
-            self.probation.append(self.protected.pop(0))
+        self.texts.append(text)
 
     def remove(self, text: Text) -> None:
-        self.probation = [one for one in self.probation if one != text]
-        self.protected = [one for one in self.protected if one != text]
+        self.texts.remove(text)
         self.remember(text)
 
     def remember(self, text: Text) -> None:
@@ -78,41 +65,39 @@ class ListIndex:
         return max((len(one) for one in prefixes(text, max_tokens) if one in known), default=0)
 
 
-ACTIONS = ("insert", "insert", "use", "use", "remove", "note", "evict")
+ACTIONS = ("insert", "insert", "remove", "note", "evict")
 
 
 @given(st.lists(st.tuples(st.sampled_from(ACTIONS), TEXTS, st.integers(0, 12)), max_size=60))
 def test_the_index_equals_a_list(script: list[tuple[str, Text, int]]) -> None:
-    index = PrefixIndex(LENGTH, max_protected=MAX_PROTECTED, max_ghosts=MAX_GHOSTS)
-    oracle, slots = ListIndex(), count(1)
+    index = PrefixIndex(LENGTH, max_ghosts=MAX_GHOSTS)
+    oracle = ListIndex()
     pages: dict[Text, Page] = {}
     for action, text, max_tokens in script:
         chain = chain_of(text)
-        page, expected = index.match(chain, max_tokens), oracle.match(text, max_tokens)
-        assert page is (None if expected is None else pages[expected])
+        expected = oracle.matches(text, max_tokens)
+        assert list(index.matches(chain, max_tokens)) == [(pages[t], len(t)) for t in expected]
         assert index.shared_depth(chain, max_tokens) == oracle.shared_depth(text, max_tokens)
         whole = text[: len(text) // LENGTH * LENGTH]
-        if action == "insert" and whole:
-            new = Page(chain[-1], len(whole), SlotRef(next(slots), 0))
-            assert index.insert(new) == oracle.insert(whole)
-            pages[whole] = pages[whole] if index.get(chain[-1]) is not new else new
-        elif action == "use" and page is not None and expected is not None:
-            index.touch(page)
-            oracle.touch(expected)
-            assert index.is_protected(page)
-        elif action == "remove" and page is not None and expected is not None:
-            index.remove(page)
-            oracle.remove(expected)
+        if action == "insert" and whole and whole not in oracle.texts:
+            pages[whole] = page_of(whole)
+            index.insert(pages[whole])
+            oracle.insert(whole)
+        elif action == "remove" and expected:
+            index.remove(pages[expected[0]])
+            oracle.remove(expected[0])
         elif action == "evict" and oracle.texts:
-            victim = next(index.victims())
-            assert victim is pages[oracle.texts[0]]
-            index.remove(victim)
+            index.remove(pages[oracle.texts[0]])
             oracle.remove(oracle.texts[0])
         elif action == "note":
             index.note(chain)
             oracle.note(text)
-        assert list(index.victims()) == [pages[one] for one in oracle.texts]
+        assert list(index) == [pages[one] for one in oracle.texts]
         assert len(index) == len(oracle.texts)
+        known = oracle.texts + oracle.ghosts
+        for end in range(LENGTH, len(whole) + 1, LENGTH):
+            assert index.has_seen(chain[end // LENGTH]) == (text[:end] in known)
+            assert (index.get(chain[end // LENGTH]) is not None) == (text[:end] in oracle.texts)
         index.check()
 
 
@@ -136,36 +121,54 @@ def test_a_link_is_16_bytes_and_the_same_on_every_machine() -> None:
     assert link(root(b"seed", ""), (1, 65535)).hex() == "e6dd5eb3c216806dc4be0ccf13632042"
 
 
+def test_a_chain_depends_on_the_state_it_goes_on_from() -> None:
+    bases = [b"", b"a" * 16, b"b" * 16]
+    assert len({link(root(b"seed", "", base), (1, 2)) for base in bases}) == 3
+
+
+def test_a_chain_is_extended_by_whole_paragraphs_only() -> None:
+    text = (1, 2, 3, 4, 5)
+    chain = [root(b"seed", "")]
+    for num_tokens in (1, 4, 4, 5):
+        extend(chain, lambda begin, end: text[begin:end], num_tokens, LENGTH)
+    assert chain == chain_of(text)
+
+
 def test_evicted_pages_are_remembered_as_ghosts() -> None:
-    index = PrefixIndex(LENGTH, max_protected=1, max_ghosts=1)
-    chain = chain_of((1, 2, 3, 4))
-    page = Page(chain[2], 4, SlotRef(1, 0))
+    index = PrefixIndex(LENGTH, max_ghosts=1)
+    chain, page = chain_of((1, 2, 3, 4)), page_of((1, 2, 3, 4))
     index.insert(page)
     index.remove(page)
-    assert index.match(chain, 4) is None
+    assert list(index.matches(chain, 4)) == []
     assert index.shared_depth(chain, 4) == 4
 
 
 def test_of_too_many_ghosts_the_shallow_ones_stay() -> None:
-    index = PrefixIndex(LENGTH, max_protected=1, max_ghosts=2)
+    index = PrefixIndex(LENGTH, max_ghosts=2)
     chain = chain_of((1, 2, 3, 4, 5, 6, 7, 8))
     index.note(chain)
     assert index.shared_depth(chain, 8) == 4
 
 
-PAGE = Page(chain_of((1, 2))[1], 2, SlotRef(1, 0))
+def test_removing_what_another_page_has_replaced_changes_nothing() -> None:
+    index = PrefixIndex(LENGTH, max_ghosts=9)
+    old, new = page_of((1, 2)), page_of((1, 2))
+    index.insert(old)
+    index.remove(old)
+    index.insert(new)
+    index.remove(old)
+    assert index.get(new.digest) is new
 
 
-@pytest.mark.parametrize(
-    ("misuse", "message"),
-    [
-        (lambda index: index.insert(Page(b"x", 3, SlotRef(1, 0))), "3 is off the grid"),
-        (lambda index: index.insert(Page(b"x", 0, SlotRef(1, 0))), "the empty text"),
-        (lambda index: index.remove(PAGE), "is not indexed"),
-        (lambda index: index.touch(PAGE), "is not indexed"),
-    ],
-)
-def test_misuse_is_noticed(misuse: Callable[[PrefixIndex], object], message: str) -> None:
-    index = PrefixIndex(LENGTH, max_protected=1, max_ghosts=1)
-    with pytest.raises(AssertionError, match=message):
-        misuse(index)
+def test_a_second_page_of_the_same_text_is_refused() -> None:
+    index = PrefixIndex(LENGTH, max_ghosts=1)
+    index.insert(page_of((1, 2)))
+    with pytest.raises(AssertionError, match="two pages of 2 tokens are equal"):
+        index.insert(page_of((1, 2)))
+
+
+def test_check_finds_a_page_that_lies_nowhere() -> None:
+    index = PrefixIndex(LENGTH, max_ghosts=1)
+    index.insert(Page(b"x", 2))
+    with pytest.raises(AssertionError, match="lies nowhere"):
+        index.check()
