@@ -301,8 +301,7 @@ class StateCache:
             self._let_origin_go(seq)
         if seq.frame is not None:
             self.tiers.release_frame(seq.frame)
-        if seq.parked is not None:
-            self._unpark(seq)
+        self._unpark(seq)
         if seq.base is not None:
             self.let_go(seq.base)
             seq.base = None
@@ -383,7 +382,8 @@ class StateCache:
             seq.frame = None
 
     def _swap_in(self, seq: Sequence) -> bool:
-        slot = self.tiers.take_slot()
+        with self.tiers.frame_held(seq.parked):  # one that has a file could make room for itself
+            slot = self.tiers.take_slot()
         if slot is None:
             return False
         assert seq.parked is not None, f"sequence {seq.seq_id} was swapped without a page"

@@ -164,9 +164,9 @@ class ScriptedEngine(EngineCore):
         request = replace(found.request, request_id=request_id)
         return self._submit_inner(request, (), request.prompt_ids, found.output_ids)
 
-    async def drain(self, timeout_s: float) -> bool:
-        self._is_suspending = True
-        for request_id in [*self._suspendable]:
+    async def drain(self, timeout_s: float, *, suspends: bool = False) -> bool:
+        self._is_suspending = suspends
+        for request_id in [*self._suspendable] if suspends else []:
             self.abort(request_id)
         return await super().drain(timeout_s)
 

@@ -128,7 +128,14 @@ class TestListener:
 class TestSummary:
     def test_it_has_what_people_look_for(self):
         text = summary([INFO], BindAddress(host="0.0.0.0", port=8080), has_api_key=False)
-        for part in ("it's", "1.4 M", "cpu", "bfloat16", "32 states of 135,168 bytes", "4.1 MiB"):
+        for part in (
+            "it's",
+            "1.4 M",
+            "cpu",
+            "bfloat16",
+            "32 on the device",
+            "of 135,168 bytes each",
+        ):
             assert part in text
         assert "http://127.0.0.1:8080" in text
 

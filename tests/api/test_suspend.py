@@ -22,7 +22,7 @@ async def stop_and_start(server: Running, asked: asyncio.Task[Reply]) -> Reply:
     """The answer to a request that was running when its replica stopped."""
     await eventually(lambda: server.snapshot().num_running == 1)
     await asyncio.sleep(0.03)
-    await server.engine.drain(5)
+    await server.engine.drain(5, suspends=True)
     reply = await asked
     assert (await upsert(server, {"model_name": "m", "max_batch_size": 3})).status == 200
     return reply

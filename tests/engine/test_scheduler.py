@@ -24,7 +24,7 @@ def test_every_request_equals_its_run_alone(setup: Setup, script: list[Operation
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @settings(max_examples=10_000)
-@given(setup=setups(), script=scripts(max_size=60))
+@given(setup=setups(), script=scripts(min_size=15, max_size=60))
 def test_every_request_equals_its_run_alone_deep(setup: Setup, script: list[Operation]) -> None:
     Simulation(setup).run(script)
 

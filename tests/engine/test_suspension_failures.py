@@ -176,3 +176,19 @@ async def test_a_broken_or_old_record_is_given_up_with_one_line(
         request = ask("r", LONG, max_tokens=40)
         good = replace(delta, resume_id="gen-good")
         assert_answers(await resumed(machine, good), request)
+
+
+async def test_the_page_that_an_answer_comes_back_on_makes_no_room_for_itself() -> None:
+    """It has a file, so its frame may be taken for others: but not for the slot that it needs."""
+    request = ask("r", LONG, max_tokens=20, is_resumable=True)
+    async with busy(num_slots=2, max_batch_size=2, num_frames=1) as machine:
+        stream = machine.core.submit(request)
+        await step(machine, 4)
+        [delta] = await suspended(machine, [stream])
+        await machine.restart()
+        others = [ask(f"r{i}", (i, *LONG[:9]), max_tokens=3) for i in range(2)]
+        streams = [machine.core.submit(other) for other in others]
+        assert_answers(await resumed(machine, delta), request)
+        for other, stream in zip(others, streams, strict=True):
+            assert_answers(await read_all(stream), other)
+        await machine.check_is_sound()
