@@ -13,21 +13,24 @@ from api.errors import ApiError, Headers
 
 OPEN_PATHS = frozenset({"/", "/health", "/health/live", "/health/ready", "/metrics"})
 ALLOWED_METHODS = b"GET, POST, PATCH, DELETE, OPTIONS"
-ALLOWED_HEADERS = b"authorization, content-type, x-request-id"
+ALLOWED_HEADERS = b"authorization, content-type, x-api-key, x-request-id"
 EXPOSED_HEADERS = b"x-request-id, retry-after"
 PREFLIGHT_MAX_AGE_S = 600
 OWNER_HASH_KEY = b"owner of states"  # the same for ever: states outlive the process
 
 
 def check_api_key(api_key: str | None, path: str, headers: Headers) -> None:
-    """Raise ApiError 401 unless the Authorization header holds the key, with or without Bearer."""
+    """Raise ApiError 401 unless the Authorization header holds the key, with or without Bearer.
+
+    X-Api-Key, which clients of Anthropic's API may send, holds it where there is none of these.
+    """
     if api_key is None or path in OPEN_PATHS:
         return
     token = _presented_key(headers)
     if token is None:
         raise _unauthorized("send the API key in the Authorization header: Bearer YOUR_KEY")
     if not hmac.compare_digest(token, api_key.encode()):
-        raise _unauthorized("the API key in the Authorization header is wrong")
+        raise _unauthorized("the API key is wrong")
 
 
 def owner_of(api_key: str | None, headers: Headers) -> str:
@@ -80,7 +83,7 @@ def header(headers: Headers, name: bytes) -> bytes | None:
 def _presented_key(headers: Headers) -> bytes | None:
     given = header(headers, b"authorization")
     if given is None:
-        return None
+        return header(headers, b"x-api-key")
     scheme, _, token = given.partition(b" ")
     return token.strip() if scheme.lower() == b"bearer" else given.strip()
 

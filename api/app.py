@@ -1,4 +1,4 @@
-"""The BlackSheep application: routes, and the OpenAI error shape for whatever goes wrong."""
+"""The BlackSheep application: routes, and errors in the words of the protocol that was spoken."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from blacksheep import Application, Request, Response, Router
 from blacksheep.exceptions import HTTPException
 
+from api.dialect import error_body
 from api.errors import ApiError
-from api.lifetime import LifetimeGuard
+from api.lifetime import LifetimeGuard, lifetime_of
 from api.reload import Reloader
 from api.respond import error_response
 from api.routes.admin import admin_routes
@@ -16,7 +17,9 @@ from api.routes.chat import chat_routes
 from api.routes.completions import completion_routes
 from api.routes.health import health_routes
 from api.routes.index import index_routes
+from api.routes.messages import message_routes
 from api.routes.models import model_routes
+from api.routes.responses import response_routes
 from api.routes.route import Route
 from api.routes.state_creation import state_creation_routes
 from api.routes.states import state_routes
@@ -38,6 +41,8 @@ async def create_app(service: Service, reloader: Reloader) -> LifetimeGuard:
         *index_routes(service),
         *chat_routes(service),
         *completion_routes(service),
+        *response_routes(service),
+        *message_routes(service),
         *state_creation_routes(service),
         *state_routes(service),
         *model_routes(service),
@@ -60,20 +65,25 @@ def _application(routes: Sequence[Route]) -> Application:
         raise _no_such_route(app, request)
 
     async def on_api_error(_: Application, request: Request, error: ApiError) -> Response:
-        return error_response(error)
+        return _refusal(request, error)
 
     async def on_http_error(_: Application, request: Request, error: HTTPException) -> Response:
-        return error_response(ApiError(error.status, str(error) or "not a valid request"))
+        return _refusal(request, ApiError(error.status, str(error) or "not a valid request"))
 
     async def on_crash(_: Application, request: Request, error: Exception) -> Response:
         message = "internal error; the server's log says more"
-        return error_response(ApiError(500, message, code="internal_error"))
+        return _refusal(request, ApiError(500, message, code="internal_error"))
 
     app.router.fallback = fallback
     app.exceptions_handlers[ApiError] = on_api_error
     app.exceptions_handlers[HTTPException] = on_http_error
     app.exceptions_handlers[500] = on_crash
     return app
+
+
+def _refusal(request: Request, error: ApiError) -> Response:
+    path = request.url.path.decode("latin-1")
+    return error_response(error, error_body(path, error, lifetime_of(request).request_id))
 
 
 def _no_such_route(app: Application, request: Request) -> ApiError:

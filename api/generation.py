@@ -1,6 +1,6 @@
 """The way of a completion request: accept it into an engine, then answer whole or as a stream.
 
-Shared by the chat and the completion routes, which differ in prompt and encoder only.
+Shared by the routes that generate text, which differ in prompt and encoder only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from api.recent import recent_response
 from api.registry import Replica
 from api.respond import json_bytes_response
 from api.service import Service
-from api.sse import event_stream
+from api.sse import OPENAI, Framing, event_stream
 from engine.client import EngineClient, RequestStream
 from engine.errors import EngineError
 from engine.types import EngineRequest, FinishReason, OutputDelta, StateInfo
@@ -55,11 +55,23 @@ async def accept(
     prompt_for: PromptFor,
     id_prefix: str,
 ) -> Accepted:
-    """Queue what is asked for. Raises ApiError for all that can be known before it runs."""
+    """Queue what is asked for, for as long as the client is there. Raises as `queue` does."""
+    lifetime = lifetime_of(http_request)
+    answer_id = f"{id_prefix}-{uuid.uuid4().hex}"
+    accepted = await queue(service, lifetime.owner, body, prompt_for, answer_id)
+    lifetime.on_end(accepted.answers.close)
+    return accepted
+
+
+async def queue(
+    service: Service, owner: str, body: GenerationBody, prompt_for: PromptFor, answer_id: str
+) -> Accepted:
+    """Queue what is asked for. Raises ApiError for all that can be known before it runs.
+
+    Whoever calls this ends the answers.
+    """
     if service.is_draining:
         raise draining()
-    owner = lifetime_of(http_request).owner
-    answer_id = f"{id_prefix}-{uuid.uuid4().hex}"
     request = None
     if body.resume is not None:
         replica = service.registry.get(body.model)
@@ -73,8 +85,6 @@ async def accept(
         replica = placed.replica
         request = _engine_request(body, placed, owner, answer_id)
         streams = _submit_copies(placed, request, body.num_candidates)
-    answers = Answers(streams)
-    lifetime_of(http_request).on_end(answers.close)
     head = AnswerHead(
         answer_id=answer_id,
         created=int(time.time()),
@@ -83,11 +93,15 @@ async def accept(
         num_choices=body.num_choices,
         returns_state=request is not None and request.keep_state is not None,
     )
-    return Accepted(head, replica, answers, request)
+    return Accepted(head, replica, Answers(streams), request)
 
 
 async def respond(
-    service: Service, body: GenerationBody, accepted: Accepted, encoder: Encoder
+    service: Service,
+    body: GenerationBody,
+    accepted: Accepted,
+    encoder: Encoder,
+    framing: Framing = OPENAI,
 ) -> Response:
     """The answer to an accepted request. Raises ApiError if the engine fails a whole answer."""
     answers = accepted.answers
@@ -103,17 +117,18 @@ async def respond(
         chosen = candidates
         if len(candidates) > body.num_choices:
             chosen = best(candidates, body.num_choices)
-        _remember(service, accepted, chosen)
-        return json_bytes_response(encoder.whole(chosen, _usage(accepted, candidates)))
+        remember(service, accepted, chosen)
+        return json_bytes_response(encoder.whole(chosen, usage_for(accepted, candidates)))
 
     def finish() -> Usage:
-        _remember(service, accepted, answers.ends)
-        return _usage(accepted, answers.ends)
+        remember(service, accepted, answers.ends)
+        return usage_for(accepted, answers.ends)
 
     keep_alive_s = service.config.sse_keep_alive_ms / 1000
 
     async def pieces() -> AsyncIterator[bytes]:
-        async for piece in event_stream(answers, encoder, failed, finish, keep_alive_s):
+        stream = event_stream(answers, encoder, failed, finish, keep_alive_s, framing)
+        async for piece in stream:
             yield piece
 
     return Response(200, list(STREAM_HEADERS), StreamedContent(b"text/event-stream", pieces))
@@ -210,13 +225,14 @@ def _resumed(client: EngineClient, resume_id: str, owner: str, request_id: str) 
         raise from_engine(error) from None
 
 
-def _usage(accepted: Accepted, candidates: Sequence[OutputDelta]) -> Usage:
+def usage_for(accepted: Accepted, candidates: Sequence[OutputDelta]) -> Usage:
+    """The usage of all answers that were computed, which are complete."""
     table = accepted.replica.table
     reports = table.context_policy == "report"
     return usage_of(candidates, table.max_context_len if reports else 0)
 
 
-def _remember(service: Service, accepted: Accepted, chosen: Sequence[OutputDelta]) -> None:
+def remember(service: Service, accepted: Accepted, chosen: Sequence[OutputDelta]) -> None:
     """So that POST /v1/states can make a state of each choice."""
     request, replica = accepted.request, accepted.replica
     if request is None or any(answer.finish_reason not in COMPLETE for answer in chosen):

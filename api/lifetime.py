@@ -26,6 +26,7 @@ from api.access import (
     owner_of,
     preflight_headers,
 )
+from api.dialect import error_body, request_id_headers
 from api.errors import ApiError, Headers
 from config import InferConfig
 
@@ -84,7 +85,8 @@ class LifetimeGuard:
         assert scope["type"] == "http", "websockets and lifespan are switched off"
         config = self._config()
         headers: Headers = tuple(scope["headers"])
-        answer = Answer(send, _request_id(headers), cors_headers(config.allowed_origins, headers))
+        cors = cors_headers(config.allowed_origins, headers)
+        answer = Answer(send, scope["path"], _request_id(headers), cors)
         started_s = perf_counter()
         try:
             preflight = preflight_headers(config.allowed_origins, headers)
@@ -150,8 +152,9 @@ class LifetimeGuard:
 class Answer:
     """ASGI `send` with our headers added, and what was sent so far."""
 
-    def __init__(self, send: Send, request_id: str, extra: Headers) -> None:
+    def __init__(self, send: Send, path: str, request_id: str, extra: Headers) -> None:
         self._send = send
+        self.path = path
         self.request_id = request_id
         self.extra = extra
         self.status = 0  # none yet
@@ -160,8 +163,8 @@ class Answer:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            request_id = (b"x-request-id", self.request_id.encode())
-            message["headers"] = [*message["headers"], request_id, *self.extra]
+            ids = request_id_headers(self.path, self.request_id)
+            message["headers"] = [*message["headers"], *ids, *self.extra]
         else:
             self.is_complete = not message.get("more_body", False)
         await self._send(message)
@@ -201,7 +204,7 @@ def _too_large(limit: int) -> ApiError:
 
 async def _refuse(error: ApiError, receive: Receive, answer: Answer) -> None:
     """Answer with an error. The rest of an upload is thrown away, so that the answer arrives."""
-    body = error.body()
+    body = error_body(answer.path, error, answer.request_id)
     headers = (
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),

@@ -35,6 +35,7 @@ def json_bytes_response(data: bytes, status: int = 200) -> Response:
     return Response(status, content=Content(JSON, data))
 
 
-def error_response(error: ApiError) -> Response:
+def error_response(error: ApiError, body: bytes) -> Response:
+    """`body` is the error in the words of a protocol."""
     headers: Sequence[tuple[bytes, bytes]] = error.headers
-    return Response(error.status, list(headers), Content(JSON, error.body()))
+    return Response(error.status, list(headers), Content(JSON, body))

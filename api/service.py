@@ -9,15 +9,22 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
+from api.background import BackgroundResponses
+from api.errors import ApiError
 from api.metrics import Metrics
 from api.recent import RecentResponses
 from api.registry import ModelRegistry, Replica
+from api.response_database import LostState
+from api.response_store import ResponseStore
 from config import InferConfig, ModelTable
 from engine.client import EngineClient
+from engine.errors import EngineError
 from engine.types import StatsSink
 
 logger = logging.getLogger(__name__)
@@ -43,6 +50,8 @@ class Service:
         self.config = config
         self.registry = ModelRegistry()
         self.recent = RecentResponses()
+        self.responses = ResponseStore(self._response_folders, self._release_state)
+        self.background = BackgroundResponses()
         self.metrics = Metrics(self.registry.snapshots, has_vllm_names=config.enable_vllm_metrics)
         self.is_draining = False
         self.last_reload: ReloadReport | None = None
@@ -69,6 +78,16 @@ class Service:
 
     async def close(self) -> None:
         await self.registry.close()
+        await self.background.close()
+        await self.responses.close()
+
+    def _response_folders(self) -> set[Path | None]:
+        return {table.state_dir for table in self.config.models}
+
+    def _release_state(self, lost: LostState) -> None:
+        """It may have gone already, and its model too."""
+        with suppress(ApiError, EngineError):
+            self.registry.get(lost.model_name).client.states.delete(lost.owner, lost.state_id)
 
 
 async def in_daemon_thread(function: Callable[[], ResultT]) -> ResultT:

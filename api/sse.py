@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 
 from api.answers import GOOD_ENDS, Answers
 from api.encode import Encoder, Usage
@@ -20,26 +21,54 @@ KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
 
+def data_event(item: bytes) -> bytes:
+    """One JSON object as an event without a name."""
+    return b"data: %b\n\n" % item
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Framing:
+    """What is around the objects of an encoder. All of it is pieces of the body."""
+
+    event: Callable[[bytes], bytes] = data_event
+    error: Callable[[ApiError], bytes] = lambda error: data_event(error.body())
+    keep_alive: bytes = KEEP_ALIVE
+    end: bytes = DONE
+
+
+OPENAI = Framing()
+
+
+def named_events(error: Callable[[ApiError], bytes], keep_alive: bytes = KEEP_ALIVE) -> Framing:
+    """For an encoder that frames its events itself, since each has a name; nothing ends them."""
+    return Framing(event=bytes, error=error, keep_alive=keep_alive, end=b"")
+
+
 async def event_stream(
     answers: Answers,
     encoder: Encoder,
     failure_of: Callable[[OutputDelta], ApiError],
     on_finish: Callable[[], Usage],
     keep_alive_s: float,
+    framing: Framing = OPENAI,
 ) -> AsyncIterator[bytes]:
     """Never empty pieces: BlackSheep takes one for the end of the body.
 
     `on_finish` is called when all answers are complete, before the client can know. The status
-    line is long out, so the failure of one answer becomes an error event before [DONE], and ends
-    the others.
+    line is long out, so the failure of one answer becomes an error event at the end, and ends the
+    others.
     """
+
+    def events(objects: list[bytes]) -> bytes:
+        return b"".join(framing.event(item) for item in objects)
+
     if first := encoder.first():
-        yield _events(first)
+        yield events(first)
     try:
         while True:
             found = await answers.take(keep_alive_s)
             if not found:
-                yield KEEP_ALIVE
+                yield framing.keep_alive
                 continue
             objects: list[bytes] = []
             for index, delta in found:
@@ -48,20 +77,16 @@ async def event_stream(
                     continue
                 if delta.finish_reason not in GOOD_ENDS:
                     answers.close()
-                    yield _events([*objects, failure_of(delta).body()]) + DONE
+                    yield events(objects) + framing.error(failure_of(delta)) + framing.end
                     return
                 objects += encoder.last(index, delta)
             if answers.is_finished:
-                yield _events([*objects, *encoder.end(on_finish())]) + DONE
+                yield events([*objects, *encoder.end(on_finish())]) + framing.end
                 return
             if objects:
-                yield _events(objects)
+                yield events(objects)
     except Exception:
         logger.exception("the stream of %s failed", answers.request_id)
         answers.close()
         error = ApiError(500, "internal error", code="internal_error")
-        yield _events([error.body()]) + DONE
-
-
-def _events(objects: list[bytes]) -> bytes:
-    return b"".join(b"data: %b\n\n" % item for item in objects)
+        yield framing.error(error) + framing.end

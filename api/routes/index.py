@@ -23,6 +23,7 @@ def index_routes(service: Service) -> list[Route]:
             *(curl_example(f"http://{host}", name, has_key) for name in names[:1]),
             "",
             "POST /v1/chat/completions    POST /v1/completions",
+            "POST /v1/responses           POST /v1/messages",
             "GET  /v1/models              GET  /v1/models/{id}",
             "GET  /v1/states              POST /v1/states",
             "GET  /health                 GET  /health/live    GET /health/ready",

@@ -139,6 +139,7 @@ class ScriptedBuilder:
             max_batch_tokens=table.resolved_max_batch_tokens,
             paragraph_len=table.paragraph_len,
             max_context_len=table.max_context_len,
+            num_frames=64,
             initial_states=tuple(path.stem for path in table.initial_states),
         )
         tokenizer = Tokenizer.load(table.tokenizer_vocab_path)

@@ -134,6 +134,7 @@ class ScriptedEngine(EngineCore):
         super().__init__(*arguments)
         self.disk = disk
         self.requests: list[EngineRequest] = []
+        self.refuses_states = False  # as if there were no room for another
         self._suspendable: set[str] = set()
         self._is_suspending = False
 
@@ -145,6 +146,8 @@ class ScriptedEngine(EngineCore):
         """The disk is shared."""
 
     def submit(self, request: EngineRequest) -> RequestStream:
+        if self.refuses_states and request.keep_state is not None:
+            raise StatesFull("there is no room for another state: delete some")
         self.requests.append(request)
         base: Ids = ()
         if request.state_id is not None:

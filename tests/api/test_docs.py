@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from api.message_body import MESSAGES, MessagesBody
 from api.metrics import Metrics
+from api.response_body import RESPONSES, ResponseBody
 from api.schemas import ChatBody, CompletionBody
 from api.unsupported import CHAT, COMPLETIONS
 
@@ -18,13 +20,21 @@ TEXT = (ROOT / "docs" / "api.md").read_text()
 
 @pytest.mark.parametrize(
     "name",
-    sorted({*ChatBody.__struct_fields__, *CompletionBody.__struct_fields__} - {"stream_options"}),
+    sorted(
+        {
+            *ChatBody.__struct_fields__,
+            *CompletionBody.__struct_fields__,
+            *ResponseBody.__struct_fields__,
+            *MessagesBody.__struct_fields__,
+        }
+        - {"stream_options", "text", "reasoning"}
+    ),
 )
 def test_every_field_is_explained(name: str):
     assert f"`{name}`" in TEXT
 
 
-@pytest.mark.parametrize("name", sorted({*CHAT, *COMPLETIONS}))
+@pytest.mark.parametrize("name", sorted({*CHAT, *COMPLETIONS, *RESPONSES, *MESSAGES}))
 def test_every_refused_field_is_named(name: str):
     assert f"`{name}`" in TEXT
 

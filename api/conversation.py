@@ -1,0 +1,37 @@
+"""Messages as the prompt of a replica. Knows templates, no bodies and no routes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from api.chat import DEFAULT_STOPS, ChatMessage, render
+from api.placement import follows_text
+from api.prompt import Prompt
+from api.registry import Replica
+from engine.types import StateInfo
+
+
+def conversation_prompt(
+    field: str,
+    messages: Sequence[ChatMessage],
+    replica: Replica,
+    base: StateInfo | None = None,
+    *,
+    asks_answer: bool = True,
+    stops: Sequence[str] = (),
+) -> Prompt:
+    """What is to be continued after the state `base`, as far as there is one.
+
+    `stops` end the answer besides what ends a turn; `field` is what errors name.
+    """
+    template = replica.table.template
+    rendered = render(
+        messages, template, is_continuation=follows_text(base), asks_answer=asks_answer
+    )
+    return Prompt(
+        field,
+        rendered.text,
+        (*stops, *DEFAULT_STOPS[template]),
+        starts=rendered.starts,
+        is_continuation=base is not None,
+    )

@@ -1,0 +1,69 @@
+"""POST /v1/messages and /v1/messages/count_tokens: what clients of Anthropic's API ask."""
+
+from __future__ import annotations
+
+from blacksheep import Request, Response
+
+from api.chat import ChatMessage
+from api.conversation import conversation_prompt
+from api.generation import accept, respond
+from api.message_body import MessagesBody, parse_count, parse_messages
+from api.message_encode import PING, MessageEncoder
+from api.placement import place
+from api.prompt import Prompt
+from api.registry import Replica
+from api.respond import json_response, read_json
+from api.routes.route import Route
+from api.service import Service
+from api.sse import named_events
+from engine.types import StateInfo
+
+
+def message_routes(service: Service) -> list[Route]:
+    async def create_message(request: Request) -> Response:
+        body = parse_messages(await read_json(request))
+        messages = body.chat_messages()
+
+        def prompt_for(replica: Replica, base: StateInfo | None) -> Prompt:
+            return _prompt(body, messages, replica)
+
+        accepted = await accept(service, request, body, prompt_for, "msg")
+        assert accepted.request is not None, "messages resume nothing"
+        encoder = MessageEncoder(
+            accepted.head,
+            len(accepted.request.prompt_ids),
+            body.stops,
+            strips_start=_asks_answer(messages) and accepted.replica.table.template == "g1",
+        )
+        framing = named_events(encoder.fail, PING)
+        return await respond(service, body, accepted, encoder, framing)
+
+    async def count_tokens(request: Request) -> Response:
+        body = parse_count(await read_json(request))
+        messages = body.chat_messages()
+
+        def prompt_for(replica: Replica) -> Prompt:
+            return _prompt(body, messages, replica)
+
+        placed = await place(service.registry, body.model, prompt_for)
+        return json_response({"input_tokens": len(placed.encoded.ids)})
+
+    return [
+        Route("POST", "/v1/messages", create_message),
+        Route("POST", "/v1/messages/count_tokens", count_tokens),
+    ]
+
+
+def _prompt(body: MessagesBody, messages: list[ChatMessage], replica: Replica) -> Prompt:
+    return conversation_prompt(
+        "messages",
+        messages,
+        replica,
+        asks_answer=_asks_answer(messages),
+        stops=body.stops,
+    )
+
+
+def _asks_answer(messages: list[ChatMessage]) -> bool:
+    """Whether the assistant is to begin, rather than go on with words put into its mouth."""
+    return messages[-1].role != "assistant"
