@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from engine.client import RequestStream, merge
-from engine.types import FinishReason, OutputDelta
+from engine.types import FinishReason, OutputDelta, StateInfo
 
 COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 GOOD_ENDS = (*COMPLETE, FinishReason.SUSPENDED)
@@ -87,6 +87,12 @@ class Answers:
         """End what has not ended. Synchronous, so it works in any `finally`."""
         for stream in self._streams:
             stream.close()
+
+    def abandon(self) -> list[StateInfo]:
+        """Close, and give the states that were left by answers which have ended all the same."""
+        self.close()
+        self._poll()
+        return [end.state for end in self._ends if end is not None and end.state is not None]
 
     def _poll(self) -> list[tuple[int, OutputDelta]]:
         found = []

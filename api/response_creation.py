@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 
 import orjson
@@ -25,6 +26,7 @@ from api.response_object import ResponseObject, response_object
 from api.response_turn import Turn, turn_of
 from api.service import Service
 from api.states import FOR_EVER, StateFields
+from engine.errors import EngineError
 from engine.types import ModelInfo, OutputDelta, StateInfo
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ async def create(service: Service, owner: str, body: ResponseBody) -> Created:
     item_objects = body.items()
     items = orjson.dumps(item_objects)
     if body.is_stored and max_num_states(service.registry.get(body.model).client.info):
-        body.return_state = StateFields(label=_label(response_id))
+        body.return_state = StateFields(label=f"response {response_id}")
     accepted, turn = await _queue(service, owner, body, item_objects, response_id)
     assert accepted.request is not None, "responses resume nothing"
     encoder = ResponseEncoder(
@@ -65,21 +67,19 @@ async def create(service: Service, owner: str, body: ResponseBody) -> Created:
 
 def abandon(created: Created, owner: str) -> None:
     """End a response that nobody reads any more. A state that it has left already goes too."""
-    created.accepted.answers.close()
-    request = created.accepted.request
-    if created.encoder.is_concluded or request is None or request.keep_state is None:
+    left = created.accepted.answers.abandon()
+    if created.encoder.is_answered:
         return
     states = created.accepted.replica.client.states
-    label = _label(created.accepted.head.answer_id)
-    for info in states.list(owner):
-        if info.label == label:
-            states.delete(owner, info.state_id)
+    for state in left:
+        with suppress(EngineError):  # it has expired, say
+            states.delete(owner, state.state_id)
 
 
 def run_in_background(service: Service, created: Created, owner: str) -> None:
     """Begin to compute a response that is found by its id."""
     run = BackgroundResponse(owner, created.accepted.answers, created.encoder, created.items)
-    service.background.begin(run, _work(service, created.accepted, run))
+    service.background.begin(run, _work(service, created, run))
 
 
 def max_num_states(info: ModelInfo) -> int:
@@ -117,7 +117,8 @@ async def _queue(
 
 def _storing(service: Service, owner: str, accepted: Accepted, turn: Turn, items: bytes) -> OnEnd:
     table, head = accepted.replica.table, accepted.head
-    begun_with = accepted.request and accepted.request.initial_state
+    assert accepted.request is not None, "responses resume nothing"
+    begun_with = accepted.request.initial_state
 
     def store(response: ResponseObject, end: OutputDelta | None) -> None:
         is_endless = table.state_ttl_s == FOR_EVER
@@ -146,9 +147,12 @@ def _not_storing(response: ResponseObject, end: OutputDelta | None) -> None:
     """Of a response with `store` = false."""
 
 
-async def _work(service: Service, accepted: Accepted, run: BackgroundResponse) -> None:
+async def _work(service: Service, created: Created, run: BackgroundResponse) -> None:
+    accepted = created.accepted
     try:
         answers = await run.answers.collect()
+        remember(service, accepted, answers)
+        run.encoder.whole(answers, usage_for(accepted, answers))
     except AnswerFailed as failure:
         if run.is_cancelled:
             run.encoder.cancel()
@@ -157,10 +161,5 @@ async def _work(service: Service, accepted: Accepted, run: BackgroundResponse) -
     except Exception:
         logger.exception("the background response %s failed", run.answers.request_id)
         run.encoder.fail(ApiError(500, "internal error", code="internal_error"))
-    else:
-        remember(service, accepted, answers)
-        run.encoder.whole(answers, usage_for(accepted, answers))
-
-
-def _label(response_id: str) -> str:
-    return f"response {response_id}"
+    finally:
+        abandon(created, run.owner)

@@ -41,7 +41,7 @@ class ResponseEncoder:
         self._strips_start = strips_start
         self._end: OutputDelta | None = None
         self._num_events = 0
-        self.is_concluded = False  # `on_end` was called
+        self.is_answered = False  # and so the state at the end is the response's
 
     def first(self) -> list[bytes]:
         item = output_message(self._item_id, "in_progress")
@@ -100,9 +100,10 @@ class ResponseEncoder:
     def _answer(self, text: str, end: OutputDelta, usage: Usage) -> None:
         now_s = int(time.time())
         self._conclude(answered(self.response, self._item_id, text, end, usage, now_s), end)
+        self.is_answered = True
 
     def _conclude(self, response: ResponseObject, end: OutputDelta | None) -> None:
-        self.response, self.is_concluded = response, True
+        self.response = response
         self._on_end(response, end)
 
     def _part_event(self, name: str, **fields: object) -> bytes:

@@ -47,12 +47,15 @@ class ResponseStore:
         self._databases: dict[Path | None, ResponseDatabase] = {}
         self._thread = ThreadPoolExecutor(1, "responses")
         self._writer: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     def put(self, response: StoredResponse, folder: Path | None, max_num_states: int) -> None:
         """Keep a response, in memory without a folder.
 
         At most `max_num_states` of its model go on from a state, the newest; the others from text.
         """
+        if self._is_closed:
+            return  # the server goes down, and an answer was cut off at the last moment
         self._unwritten[response.response_id] = Pending(response, folder, max_num_states)
         if len(self._unwritten) > MAX_NUM_UNWRITTEN:
             _, oldest = self._unwritten.popitem(last=False)
@@ -79,7 +82,8 @@ class ResponseStore:
         self._release_all(_states_of(response))
 
     async def close(self) -> None:
-        """Write what is left."""
+        """Write what is left. Nothing is taken afterwards."""
+        self._is_closed = True
         if self._writer is not None:
             await self._writer
         loop = asyncio.get_running_loop()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from api.answers import AnswerFailed, Answers, best
 from engine.client import RequestStream
-from engine.types import FinishReason, OutputDelta
+from engine.types import FinishReason, OutputDelta, StateInfo
 
 
 class Queued:
@@ -119,3 +120,28 @@ def test_best_have_the_highest_mean_log_probability():
 def test_best_of_equals_is_the_first():
     same = [OutputDelta(text=name, logprobs=(-1.0,)) for name in "abc"]
     assert best(same, 2) == same[:2]
+
+
+async def test_abandoned_answers_give_the_states_that_nobody_will_read_of():
+    queued = Queued(4)
+    states = [
+        StateInfo(
+            state_id=f"state-{number}",
+            num_tokens=1,
+            num_bytes=1,
+            created_unix_s=0.0,
+            expires_unix_s=None,
+            label="",
+            is_pinned=False,
+            has_logits=False,
+            parent_id=None,
+            tier="host",
+        )
+        for number in range(2)
+    ]
+    queued.streams[0].put(replace(end(), state=states[0]))
+    await queued.answers.take()
+    queued.streams[1].put(replace(end(), state=states[1]))
+    queued.streams[2].put(end())
+    assert queued.answers.abandon() == states
+    assert queued.aborted == ["r-3"]

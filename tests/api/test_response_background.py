@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from api.response_encode import ResponseEncoder
 from tests.api.harness import Running, eventually, running
 from tests.api.test_responses import PATH, ask, well
 
@@ -79,6 +82,17 @@ async def test_failure_is_found_in_it(tmp_path: Path):
     assert response.status == "failed"
     assert response.error is not None
     assert response.error.message == "out of luck"
+
+
+async def test_one_that_cannot_be_stored_as_it_is_has_failed_and_leaves_no_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(ResponseEncoder, "whole", lambda *_: 1 // 0)
+    async with running(tmp_path) as server:
+        response_id = await begin(server)
+        await eventually(lambda: server.service.background.get("", response_id) is None)
+        assert await status_of(server, response_id) == "failed"
+        assert server.states.kept == {}
 
 
 async def test_what_a_stop_of_the_server_cuts_off_has_failed(tmp_path: Path):

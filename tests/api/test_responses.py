@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from pydantic import TypeAdapter
 
 from api.errors import ApiError
 from api.response_body import parse_response
+from api.response_encode import ResponseEncoder
 from tests.api.harness import Reply, Running, eventually, model_table, running
 from tests.api.scripted import recited, spelled
 
@@ -202,22 +202,18 @@ class TestStream:
             await eventually(lambda: server.snapshot().num_running == 0)
             assert server.states.kept == {}
 
-    async def test_state_left_before_the_reader_has_gone_is_given_up(self, tmp_path: Path):
-        """The engine has ended the answer; who was to read it has not taken it yet."""
+    @pytest.mark.parametrize("is_stream", [False, True])
+    async def test_answer_that_cannot_be_given_out_leaves_no_state(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stream: bool
+    ):
+        """The engine has ended it and kept its state by then."""
+        name = "last" if is_stream else "whole"
+        monkeypatch.setattr(ResponseEncoder, name, lambda *_: 1 // 0)
         async with running(tmp_path) as server:
-            server.runner.gate.clear()
-            _, writer = await server.open()
-            data = json.dumps(body_of()).encode()
-            head = f"POST {PATH} HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\n"
-            writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-            await eventually(lambda: server.snapshot().num_running == 1)
-            (asked,) = server.engine.requests
-            assert asked.keep_state is not None
-            other = server.states.add("", (1, 2), asked.keep_state)  # as the engine would
-            writer.close()
-            await eventually(lambda: server.snapshot().num_running == 0)
-            await asyncio.sleep(0.01)
-            assert other.state_id not in server.states.kept
+            reply = await ask(server, stream=is_stream)
+            assert server.engine.requests[0].keep_state is not None
+            await eventually(lambda: server.states.kept == {})
+        assert "internal error" in reply.body.decode()
 
 
 class TestStored:
