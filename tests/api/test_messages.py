@@ -132,8 +132,8 @@ class TestWhole:
 class TestStream:
     async def test_events_come_in_order_and_make_the_whole(self, tmp_path: Path):
         async with running(tmp_path) as server:
-            events = events_of(await ask(server, stream=True))
-            whole = well(await ask(server))
+            events = events_of(await ask(server, stream=True, max_tokens=30))
+            whole = well(await ask(server, max_tokens=30))
         deltas = [
             event["delta"]["text"] for event in events if event["type"] == "content_block_delta"
         ]
