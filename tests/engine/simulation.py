@@ -182,10 +182,13 @@ class Simulation:
         self.check()
 
     def restart(self) -> None:
-        """The process ends without a word and begins again: only the folder is left."""
+        """The process ends without a word and begins again: only the folder is left.
+
+        What a user keeps is on record from when its file is there until it is lost or let go.
+        """
         self.past += self.tracked.values()
         self.tracked = {}
-        survivors = [kept for kept in self.kept if kept.page.digest in self.folder.files]
+        survivors = [kept for kept in self.kept if kept.page.has_file]
         self._begin()
         self.kept = []
         for kept in survivors:
