@@ -24,7 +24,7 @@ def check_request(
     from a state that has logits and may be empty.
 
     `max_context_len` counts prompt and completion together, 0 means no limit; a prompt that
-    leaves no room for one token raises ContextTooLong.
+    leaves no room for one token of a completion raises ContextTooLong.
     """
     ids = request.prompt_ids
     if not ids and request.state_id is not None and not has_start:
@@ -40,10 +40,12 @@ def check_request(
             " has begun already",
             "initial_state",
         )
-    if max_context_len > 0 and len(ids) >= max_context_len:
+    least = min(request.sampling.max_tokens, 1)
+    if 0 < max_context_len < len(ids) + least:
+        needs = " and the completion needs at least one" if least else ""
         raise ContextTooLong(
-            f"the prompt has {len(ids)} tokens, but max_context_len = {max_context_len} and the"
-            " completion needs at least one: shorten the prompt",
+            f"the prompt has {len(ids)} tokens, but max_context_len = {max_context_len}{needs}:"
+            " shorten the prompt",
             "prompt_ids",
         )
     timeout_s = request.timeout_s
@@ -53,12 +55,28 @@ def check_request(
         )
     _check_ids("prompt_ids", ids, vocab_size)
     _check_cache_fields(request)
-    least = 1 if request.keep_state is None else 0
-    if request.sampling.max_tokens < least:
+    if request.scores_from is not None and not 0 <= request.scores_from <= len(ids):
         raise InvalidRequest(
-            f"max_tokens = {request.sampling.max_tokens}: must be at least {least}", "max_tokens"
+            f"scores_from = {request.scores_from}: must be from 0 to {len(ids)}, the tokens of the"
+            " prompt",
+            "scores_from",
         )
+    _check_lengths(request.sampling)
     _check_sampling(request.sampling, vocab_size)
+    _check_constraints(request.sampling, vocab_size)
+
+
+def _check_lengths(sampling: SamplingParams) -> None:
+    if sampling.max_tokens < 0:
+        raise InvalidRequest(
+            f"max_tokens = {sampling.max_tokens}: must be at least 0", "max_tokens"
+        )
+    if not 0 <= sampling.min_tokens <= sampling.max_tokens:
+        raise InvalidRequest(
+            f"min_tokens = {sampling.min_tokens}: must be from 0 to max_tokens ="
+            f" {sampling.max_tokens}",
+            "min_tokens",
+        )
 
 
 def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
@@ -68,6 +86,8 @@ def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
         )
     if not 0 <= sampling.top_p <= 1:
         raise InvalidRequest(f"top_p = {sampling.top_p}: must be from 0 to 1", "top_p")
+    if not 0 <= sampling.min_p <= 1:
+        raise InvalidRequest(f"min_p = {sampling.min_p}: must be from 0 (off) to 1", "min_p")
     if sampling.top_k < 0:
         raise InvalidRequest(f"top_k = {sampling.top_k}: must be 0 (off) or more", "top_k")
     if not 0 <= sampling.seed < 2**64:
@@ -79,13 +99,43 @@ def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     ):
         if not math.isfinite(value):
             raise InvalidRequest(f"{name} = {value}: must be a finite number", name)
-    for stop in sampling.stop:
-        if not _has_utf8(stop):
-            raise InvalidRequest(
-                f"stop has {stop!r}: a lone surrogate never occurs in text, remove it", "stop"
-            )
+    if sampling.num_top_logprobs < 0:
+        raise InvalidRequest(
+            f"num_top_logprobs = {sampling.num_top_logprobs}: must be 0 or more", "num_top_logprobs"
+        )
+    _check_ids("candidate_token_ids", sampling.candidate_token_ids, vocab_size)
+
+
+def _check_constraints(sampling: SamplingParams, vocab_size: int) -> None:
+    for name, texts in (("stop", sampling.stop), ("bad_words", sampling.bad_words)):
+        for text in texts:
+            if not _has_utf8(text):
+                raise InvalidRequest(
+                    f"{name} has {text!r}: a lone surrogate never occurs in text, remove it", name
+                )
+    if "" in sampling.bad_words:
+        raise InvalidRequest("bad_words has an empty string: leave it out", "bad_words")
     _check_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
     _check_ids("banned_token_ids", sampling.banned_token_ids, vocab_size)
+    _check_ids("allowed_token_ids", sampling.allowed_token_ids, vocab_size)
+    biased = tuple(token_id for token_id, _ in sampling.logit_bias)
+    _check_ids("logit_bias", biased, vocab_size)
+    for token_id, bias in sampling.logit_bias:
+        if not math.isfinite(bias):
+            raise InvalidRequest(
+                f"logit_bias of token {token_id} is {bias}: must be a finite number", "logit_bias"
+            )
+    if len(set(biased)) < len(biased):
+        raise InvalidRequest("logit_bias names a token twice", "logit_bias")
+    left = set(sampling.allowed_token_ids) - set(sampling.banned_token_ids)
+    if sampling.min_tokens > 0:
+        left -= set(sampling.stop_token_ids)
+    if sampling.allowed_token_ids and not left:
+        raise InvalidRequest(
+            "allowed_token_ids has only tokens that are banned or may not come before min_tokens:"
+            " nothing could be drawn",
+            "allowed_token_ids",
+        )
 
 
 def _check_cache_fields(request: EngineRequest) -> None:

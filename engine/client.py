@@ -220,4 +220,7 @@ def merge(first: OutputDelta, second: OutputDelta) -> OutputDelta:
         text=first.text + second.text,
         token_ids=first.token_ids + second.token_ids,
         logprobs=first.logprobs + second.logprobs,
+        tops=first.tops + second.tops,
+        prompt_logprobs=first.prompt_logprobs + second.prompt_logprobs,
+        prompt_tops=first.prompt_tops + second.prompt_tops,
     )

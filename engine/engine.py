@@ -69,6 +69,7 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
         num_seats=table.max_batch_size,
         banned_ids=tokenizer.ids_without_text(model.dims.vocab_size),
         device=device,
+        tokenizer=tokenizer,
     )
     num_threads = table.num_threads or max(1, (os.cpu_count() or 1) - 1)
     runner = ModelRunner(model, storage, sampler, table.max_batch_size, num_threads)

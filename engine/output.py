@@ -19,9 +19,19 @@ class TextOutput:
     stop string that begins earliest in the text wins, the longest of those that begin together.
     It and what follows it are removed; text in front of it is kept. Empty ones are ignored.
     Bytes that are not UTF-8 give U+FFFD exactly as `bytes.decode` with "replace" does.
+
+    A stop string that is complete within the first `min_tokens` tokens is text like any other.
+    With `includes_stop` it is not removed, only what follows it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...] = (),
+        *,
+        min_tokens: int = 0,
+        includes_stop: bool = False,
+    ) -> None:
         """Raises ValueError for a stop string that has no UTF-8 form (a lone surrogate)."""
         self.matched_stop: str | None = None
         self.num_emitted_bytes = 0  # certain to be text; up to the stop string where one was found
@@ -29,6 +39,13 @@ class TextOutput:
         self._decode = getincrementaldecoder("utf-8")("replace").decode
         self._scanner = StopScanner(map(_stop_bytes, filter(None, stop))) if any(stop) else None
         self._held = b""  # may begin a stop string; not yet given to the decoder
+        self._num_free_tokens = min_tokens  # still to come, that may hold a stop string
+        self._includes_stop = includes_stop
+
+    @property
+    def num_held_bytes(self) -> int:
+        """At the end of what was pushed: they may turn out to begin a stop string."""
+        return len(self._held)
 
     def push(self, token_id: int) -> str:
         """Text that became certain; "" if none did. Id 0 gives nothing.
@@ -42,12 +59,14 @@ class TextOutput:
             return self._decode(token)
         match, num_held = self._scanner.scan(token)
         text = self._held + token
-        if match is not None:
+        self._num_free_tokens -= 1
+        if match is not None and self._num_free_tokens < 0:
             distance, stop = match
             self.matched_stop = stop.decode()
             self._held = b""
-            self.num_emitted_bytes += len(text) - distance
-            return self._decode(text[: len(text) - distance], True)
+            kept = len(text) - distance + (len(stop) if self._includes_stop else 0)
+            self.num_emitted_bytes += kept
+            return self._decode(text[:kept], True)
         certain = len(text) - num_held
         self.num_emitted_bytes += certain
         self._held = text[certain:]
@@ -59,6 +78,7 @@ class TextOutput:
         Gives "" after a stop string was matched.
         """
         held, self._held = self._held, b""
+        self.num_emitted_bytes += len(held)
         return self._decode(held, True)
 
 

@@ -5,12 +5,13 @@ A plan holds integers; tensors never leave the device thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from math import nan
 from typing import NamedTuple, Protocol
 
-from engine.types import SamplingParams
+from engine.types import SamplingParams, TopLogprobs
 
 ZERO_SLOT = 0  # the zero page: frozen for ever, every new sequence reads it
 
@@ -55,6 +56,21 @@ class SeatStart:
     output_ids: tuple[int, ...] = ()
 
 
+class Targets(NamedTuple):
+    """Known tokens: the logits after the row's token number `begin` are to say how probable the
+    first of `token_ids` was, those after the next one the second, and so on."""
+
+    begin: int
+    token_ids: tuple[int, ...]
+
+
+class Scores(NamedTuple):
+    """Log probabilities of known tokens; `tops` for each, if its sampling asks, else empty."""
+
+    logprobs: tuple[float, ...]
+    tops: tuple[TopLogprobs, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One sequence's part in a step: feed `num_tokens` tokens, from state `src` to state `dst`.
@@ -76,6 +92,7 @@ class Row:
     dst: SlotRef
     sample: bool  # the last token of the row gives logits and a draw
     keep_logits: bool = False  # leave the logits after the last token with `dst`
+    targets: Targets | None = None  # tokens of the prompt whose log probabilities are wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +113,15 @@ class StepPlan:
 
 
 BAD_TOKEN = -1  # the logits of that row were not finite
+NO_TOKEN = -2  # the request's own rules left nothing to draw
+
+
+class Draw(NamedTuple):
+    """A token that a row has drawn, or BAD_TOKEN or NO_TOKEN; the rest as in `StepResult`."""
+
+    token_id: int
+    logprob: float
+    top: TopLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +130,9 @@ class StepResult:
 
     `logprobs` are natural logarithms of the probabilities that the model itself gave those
     tokens, before penalties, temperature and limits: as many as tokens (NaN where the row's
-    sampling did not ask), or empty if nobody asked. `error` fails the rows of this step and
-    whatever it moved; with `is_fatal` the device cannot be used any more.
+    sampling did not ask), or empty if nobody asked. `tops` likewise, () where it did not ask.
+    `scores` has one entry for each row with `targets`, in plan order. `error` fails the rows of
+    this step and whatever it moved; with `is_fatal` the device cannot be used any more.
     """
 
     step_id: int
@@ -114,6 +141,19 @@ class StepResult:
     error: str | None = None
     is_fatal: bool = False
     logprobs: tuple[float, ...] = ()
+    tops: tuple[TopLogprobs, ...] = ()
+    scores: tuple[Scores, ...] = ()
+
+    def by_row(self, plan: StepPlan) -> Iterator[tuple[Row, Draw | None, Scores | None]]:
+        """Each row with what it drew and what it found out about the prompt."""
+        num_draws, num_scores = len(self.tokens), len(self.scores)
+        assert num_draws == sum(row.sample for row in plan.rows), f"{num_draws} draws"
+        assert num_scores == sum(bool(row.targets) for row in plan.rows), f"{num_scores} scores"
+        logprobs, tops = self.logprobs or (nan,) * num_draws, self.tops or ((),) * num_draws
+        draws = map(Draw, self.tokens, logprobs, tops)
+        scores = iter(self.scores)
+        for row in plan.rows:
+            yield row, next(draws) if row.sample else None, next(scores) if row.targets else None
 
 
 class Runner(Protocol):

@@ -29,9 +29,17 @@ class Response:
     def __init__(self, seq: Sequence, stream: RequestStream, tokenizer: Tokenizer) -> None:
         self.seq = seq
         self.stream = stream
-        self._output = TextOutput(tokenizer, seq.request.sampling.stop)
-        self._held_ids: list[int] = []  # tokens whose text cannot be shown yet
-        self._num_shown_logprobs = 0
+        sampling = seq.request.sampling
+        self._output = TextOutput(
+            tokenizer,
+            sampling.stop,
+            min_tokens=sampling.min_tokens,
+            includes_stop=sampling.includes_stop,
+        )
+        self._token_bytes = tokenizer.token_bytes
+        self._num_shown = 0  # tokens that were handed over
+        self._num_earlier_bytes = 0  # of the tokens that were, before it was suspended
+        self._has_shown_prompt = False  # its log probabilities
         self.base: Page | None = None  # held: what the state to keep goes on from
         self.seal: Sequence | None = None  # computes the state to keep, after the answer
         self.state: StateInfo | None = None  # what was kept
@@ -50,16 +58,20 @@ class Response:
     def replay(self) -> None:
         """Be where a suspended answer was: what its tokens said was delivered then."""
         for token_id in self.seq.output_ids:
-            if token_id not in self.seq.request.sampling.stop_token_ids:
-                self._output.push(token_id)
-        self._num_shown_logprobs = len(self.seq.logprobs)
+            self._push(token_id)
+        self._num_shown = len(self.seq.output_ids) - self._num_uncertain()
+        shown = self.seq.output_ids[: self._num_shown]
+        self._num_earlier_bytes = sum(len(self._token_bytes(token_id)) for token_id in shown)
+        self._has_shown_prompt = bool(self.seq.output_ids)
 
     def seal_request(self, tokenizer: Tokenizer) -> EngineRequest:
         """What computes the state after the last emitted token: a prompt without an answer."""
         request = self.seq.request
         ids = (*request.prompt_ids, *self._kept_ids(tokenizer))
         sampling = SamplingParams(temperature=0.0, max_tokens=0)
-        return replace(request, prompt_ids=ids, sampling=sampling, snapshot_hints=())
+        return replace(
+            request, prompt_ids=ids, sampling=sampling, snapshot_hints=(), scores_from=None
+        )
 
     def add_token(self, token_id: int, now_s: float) -> float | None:
         """Take a drawn token; deliver text as far as it is safe to show.
@@ -70,9 +82,7 @@ class Response:
         self._last_token_s = now_s
         if self._first_token_s is None:
             self._first_token_s = now_s
-        self._held_ids.append(token_id)
-        if token_id not in self.seq.request.sampling.stop_token_ids:
-            self._put(self._output.push(token_id))
+        self._put(self._push(token_id))
         return gap_s
 
     def finish(
@@ -96,29 +106,56 @@ class Response:
         self._put(text, reason, resume_id)
         return self._stats(reason, now_s)
 
+    def _push(self, token_id: int) -> str:
+        """The text that becomes certain with a token."""
+        sampling = self.seq.request.sampling
+        if token_id in sampling.stop_token_ids and not sampling.includes_stop:
+            return ""
+        return self._output.push(token_id)
+
     def _put(
         self, text: str, reason: FinishReason | None = None, resume_id: str | None = None
     ) -> None:
-        if not text and reason is None:
-            return
         seq = self.seq
+        has_prompt = bool(seq.prompt_logprobs) and seq.num_computed >= seq.num_prompt_tokens
+        has_news = has_prompt and not self._has_shown_prompt
+        if not text and reason is None and not has_news:
+            return
+        is_waiting = reason is None or resume_id is not None
+        end = len(seq.output_ids) - (self._num_uncertain() if is_waiting else 0)
+        shown = slice(self._num_shown, end)
+        num_text_bytes = self._output.num_emitted_bytes - self._num_earlier_bytes
         delta = OutputDelta(
             text=text,
-            token_ids=tuple(self._held_ids),
+            token_ids=tuple(seq.output_ids[shown]),
             finish_reason=reason,
             matched_stop=None if reason is None else self._output.matched_stop,
             num_prompt_tokens=seq.num_prompt_tokens,
             num_output_tokens=len(seq.output_ids),
             num_cached_tokens=seq.num_cached_tokens,
             error=seq.error if reason is FinishReason.ERROR else None,
-            logprobs=tuple(seq.logprobs[self._num_shown_logprobs :]),
+            logprobs=tuple(seq.logprobs[shown]),
+            tops=tuple(seq.tops[shown]),
+            prompt_logprobs=tuple(seq.prompt_logprobs) if has_news else (),
+            prompt_tops=tuple(seq.prompt_tops) if has_news else (),
+            num_text_bytes=max(num_text_bytes, 0),
             num_state_tokens=seq.num_base_tokens,
             state=None if reason is None else self.state,
             resume_id=resume_id,
         )
-        self._held_ids.clear()
-        self._num_shown_logprobs = len(seq.logprobs)
+        self._num_shown = end
+        self._has_shown_prompt = self._has_shown_prompt or has_news
         self.stream.put(delta)
+
+    def _num_uncertain(self) -> int:
+        """The newest tokens of which every byte may turn out to belong to a stop string."""
+        num_bytes, num_tokens = self._output.num_held_bytes, 0
+        for token_id in reversed(self.seq.output_ids):
+            if num_bytes <= 0:
+                break
+            num_bytes -= len(self._token_bytes(token_id))
+            num_tokens += num_bytes >= 0
+        return num_tokens
 
     def _stats(self, reason: FinishReason, now_s: float) -> RequestStats:
         submitted_s = self.stream.submitted_s
@@ -136,8 +173,10 @@ class Response:
 
     def _kept_ids(self, tokenizer: Tokenizer) -> list[int]:
         """The tokens whose text was emitted."""
-        stop_ids = self.seq.request.sampling.stop_token_ids
-        ids = [token for token in self.seq.output_ids if token not in stop_ids]
-        if not self.has_matched_stop:
-            return ids
-        return first_bytes(tokenizer, ids, self._output.num_emitted_bytes)
+        sampling = self.seq.request.sampling
+        ids = list(self.seq.output_ids)
+        if self.has_matched_stop:
+            return first_bytes(tokenizer, ids, self._output.num_emitted_bytes)
+        if ids and ids[-1] in sampling.stop_token_ids and not sampling.includes_stop:
+            ids.pop()
+        return ids

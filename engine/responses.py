@@ -21,7 +21,7 @@ from engine.types import FinishReason, StatsSink
 
 
 class Responses:
-    """By request id. A request whose `timeout_s` is over is aborted."""
+    """By request id. A request whose `timeout_s` is over ends with TIMEOUT."""
 
     def __init__(
         self,
@@ -77,9 +77,7 @@ class Responses:
 
     def abort(self, request_id: str) -> None:
         """End a request now; its slot is free when this returns. Unknown ids are ignored."""
-        response = self._responses.get(request_id)
-        if response is not None:
-            self.end(response, FinishReason.ABORT)
+        self._end_if_there(request_id, FinishReason.ABORT)
 
     def abort_all(self) -> None:
         for request_id in list(self._responses):
@@ -171,5 +169,12 @@ class Responses:
         if timeout_s is not None:
             left_s = response.stream.submitted_s + timeout_s - perf_counter()
             loop = asyncio.get_running_loop()
-            self._timers[request_id] = loop.call_later(left_s, self.abort, request_id)
+            self._timers[request_id] = loop.call_later(
+                left_s, self._end_if_there, request_id, FinishReason.TIMEOUT
+            )
         self._empty.clear()
+
+    def _end_if_there(self, request_id: str, reason: FinishReason) -> None:
+        response = self._responses.get(request_id)
+        if response is not None:
+            self.end(response, reason)

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from engine.model.rwkv7 import RWKV7, Batch
-from engine.plan import ZERO_SLOT, Row, SeatStart, StepPlan, StepResult
+from engine.plan import ZERO_SLOT, Row, Scores, SeatStart, StepPlan, StepResult
 from engine.sampler import Draws, Sampler
 from engine.state.storage import StateStorage
 
 logger = logging.getLogger(__name__)
+
+SCORED_ROWS = 128  # logits of a prompt at once: 32 MiB for the World vocabulary
 
 
 class ModelRunner:
@@ -82,12 +84,14 @@ class ModelRunner:
                     tokens=draws.tokens,
                     duration_s=time.perf_counter() - started,
                     logprobs=draws.logprobs,
+                    tops=draws.tops,
+                    scores=draws.scores,
                 )
             on_result(result)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Draws:
-        """One step: moves, seats, forward, draws. A draw for each sampling row, in plan order."""
+        """One step: moves, seats, forward, scores, draws. All of them in plan order."""
         for move in plan.moves:
             self._storage.move(move)
         for start in plan.starts:
@@ -96,7 +100,8 @@ class ModelRunner:
         decode = [row for row in plan.rows if row.num_tokens == 1]
         prefill = [row for row in plan.rows if row.num_tokens > 1]
         again = [row for row in plan.rows if row.num_tokens == 0]
-        parts = [self._forward(rows) for rows in (decode, prefill) if rows]
+        scores: dict[int, Scores] = {}  # by seq_id
+        parts = [self._forward(rows, scores) for rows in (decode, prefill) if rows]
         if again:
             parts.append(self._kept_logits(again))
         drawn = [row for row in decode + prefill + again if row.sample]
@@ -104,15 +109,16 @@ class ModelRunner:
         if plan.moves:  # whoever hears of the step may use its frames, from another thread
             self._storage.synchronize()
         places = {row.seq_id: i for i, row in enumerate(drawn)}
-        return draws.picked([places[row.seq_id] for row in plan.rows if row.sample])
+        draws = draws.picked([places[row.seq_id] for row in plan.rows if row.sample])
+        return draws._replace(scores=tuple(scores[row.seq_id] for row in plan.rows if row.targets))
 
     def _take_seat(self, start: SeatStart) -> None:
         self._sampler.start(start.seat, start.sampling, start.output_ids)
         if start.output_ids:
             self._next_token[start.seat] = start.output_ids[-1]
 
-    def _forward(self, rows: list[Row]) -> Tensor:
-        """Run the model; the logits [R, V] of the R sampling rows, in order."""
+    def _forward(self, rows: list[Row], scores: dict[int, Scores]) -> Tensor:
+        """Run the model; the logits [R, V] of the R sampling rows, in order. Fills in `scores`."""
         for row in rows:
             assert row.dst.slot != ZERO_SLOT, f"row of sequence {row.seq_id} writes the zero page"
         batch = Batch(
@@ -121,7 +127,10 @@ class ModelRunner:
             dst_slot=self._storage.indices([row.dst.slot for row in rows]),
         )
         hidden_TC = self._model(self._tokens(rows), batch, self._storage.state)
-        ends = accumulate(batch.lengths)
+        ends = list(accumulate(batch.lengths))
+        for row, end in zip(rows, ends, strict=True):
+            if row.targets:
+                scores[row.seq_id] = self._score(row, hidden_TC[end - row.num_tokens : end])
         wanted = [(end - 1, row) for end, row in zip(ends, rows, strict=True) if _has_logits(row)]
         picked = self._storage.indices([last for last, _ in wanted])
         # In the type they are kept in, so that a draw from kept logits is the same draw.
@@ -132,6 +141,22 @@ class ModelRunner:
             self._storage.logits[slots] = logits[kept]
         drawn = [i for i, (_, row) in enumerate(wanted) if row.sample]
         return logits if len(drawn) == len(wanted) else logits[drawn]
+
+    def _score(self, row: Row, hidden_TC: Tensor) -> Scores:
+        """How probable the targets of a row are, from its hidden states; part by part, since
+        logits are much larger than those."""
+        assert row.targets is not None, f"row of sequence {row.seq_id} has no targets"
+        begin, token_ids = row.targets
+        hidden_TC = hidden_TC[begin : begin + len(token_ids)]
+        parts = []
+        for first in range(0, len(token_ids), SCORED_ROWS):
+            part = slice(first, first + SCORED_ROWS)
+            logits = self._model.head(hidden_TC[part]).to(self._storage.logits.dtype)
+            parts.append(self._sampler.score(row.seat, logits, token_ids[part]))
+        return Scores(
+            tuple(logprob for part in parts for logprob in part.logprobs),
+            tuple(top for part in parts for top in part.tops),
+        )
 
     def _kept_logits(self, rows: list[Row]) -> Tensor:
         """Copies [R, V] of the logits that rows of no tokens draw from."""

@@ -2,8 +2,9 @@
 
 Order and meaning are those of Rapid-Sampling (Triang-jyed-driung, used by rwkv-rs): penalties,
 temperature, softmax, then one threshold that satisfies top-k and top-p together, the tokens at
-the threshold scaled so that the kept mass is exactly what was asked for. It knows seats and
-logits, not sequences or slots.
+the threshold scaled so that the kept mass is exactly what was asked for. What that has not:
+biases and forbidden tokens (engine/constraints.py) come with the penalties, `min_p` before the
+threshold. It knows seats and logits, not sequences or slots.
 
 Legend: R rows, A those of them that ask for log probabilities, V vocabulary.
 """
@@ -19,23 +20,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.constraints import Constraints
 from engine.kernels.philox import uniform
-from engine.plan import BAD_TOKEN
-from engine.types import SamplingParams
+from engine.logprobs import score
+from engine.plan import BAD_TOKEN, NO_TOKEN, Scores
+from engine.tokenizer import Tokenizer
+from engine.types import SamplingParams, TopLogprobs
 
 CANDIDATES = 512  # as many as nearly every nucleus needs; sorting the rest is rarely worth it
 
 
 class Draws(NamedTuple):
-    """What a step drew, one entry per row: see `StepResult`, which takes it as it is."""
+    """What a step drew, one entry per row, and its scores: as in `StepResult`."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...] = ()
+    tops: tuple[TopLogprobs, ...] = ()
+    scores: tuple[Scores, ...] = ()
 
     def picked(self, rows: Sequence[int]) -> Draws:
-        """Those of some rows, in their order."""
+        """The draws of some rows, in their order."""
         logprobs = tuple(self.logprobs[i] for i in rows) if self.logprobs else ()
-        return Draws(tuple(self.tokens[i] for i in rows), logprobs)
+        tops = tuple(self.tops[i] for i in rows) if self.tops else ()
+        return Draws(tuple(self.tokens[i] for i in rows), logprobs, tops)
 
 
 class Penalties:
@@ -86,16 +93,31 @@ class Penalties:
 class _Seat:
     params: SamplingParams
     penalties: Penalties | None
-    banned: Tensor | None
+    constraints: Constraints | None
+
+    def update(self, tokens: Sequence[int]) -> None:
+        """These were drawn."""
+        if self.penalties is not None:
+            self.penalties.update(tokens)
+        if self.constraints is not None:
+            self.constraints.update(tokens)
 
 
 class Sampler:
     """The sampling state of all seats of one replica. Lives on the device thread."""
 
-    def __init__(self, num_seats: int, banned_ids: Sequence[int], device: torch.device) -> None:
-        """`banned_ids` have no text and are never drawn, whatever a request says."""
+    def __init__(
+        self,
+        num_seats: int,
+        banned_ids: Sequence[int],
+        device: torch.device,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """`banned_ids` have no text and are never drawn, whatever a request says; `tokenizer` is
+        needed for `bad_words`."""
         self._device = device
         self._banned = self._ids(banned_ids)
+        self._tokenizer = tokenizer
         self._seats: list[_Seat | None] = [None] * num_seats
 
     def start(self, seat: int, params: SamplingParams, output_ids: Sequence[int] = ()) -> None:
@@ -103,30 +125,35 @@ class Sampler:
 
         `output_ids` are the tokens it has drawn before, in another seat or process.
         """
-        penalties = Penalties(params) if params.has_penalties else None
-        if penalties is not None:
-            penalties.update(output_ids)
-        self._seats[seat] = _Seat(
+        taken = self._seats[seat] = _Seat(
             params=params,
-            penalties=penalties,
-            banned=self._ids(params.banned_token_ids) if params.banned_token_ids else None,
+            penalties=Penalties(params) if params.has_penalties else None,
+            constraints=Constraints.of(params, self._tokenizer, self._device),
         )
+        taken.update(output_ids)
 
     def sample(self, logits_RV: Tensor, seats: Sequence[int], positions: Sequence[int]) -> Draws:
-        """One token per row, or BAD_TOKEN where logits are not finite. Overwrites the logits."""
+        """One token per row; BAD_TOKEN where logits are not finite, NO_TOKEN where everything is
+        forbidden. Overwrites the logits."""
         rows = [self._seat(seat) for seat in seats]
         asking = [i for i, row in enumerate(rows) if row.params.has_logprobs]
-        logprobs_AV = logits_RV[asking].log_softmax(dim=-1) if asking else None
+        raw_AV = logits_RV[asking] if asking else None
         tokens = self._pick(logits_RV, rows, positions)
-        if logprobs_AV is None:
+        if raw_AV is None:
             return Draws(tuple(tokens))
-        picks_A1 = self._ids([max(tokens[i], 0) for i in asking]).unsqueeze(-1)
-        picked = logprobs_AV.gather(-1, picks_A1).squeeze(-1).tolist()
-        logprobs = [math.nan] * len(rows)
-        for i, logprob in zip(asking, picked, strict=True):
-            if tokens[i] != BAD_TOKEN:
-                logprobs[i] = logprob
-        return Draws(tuple(tokens), tuple(logprobs))
+        scores = score(
+            raw_AV, [max(tokens[i], 0) for i in asking], [rows[i].params for i in asking]
+        )
+        logprobs, tops = [math.nan] * len(rows), list[TopLogprobs]([()] * len(rows))
+        for place, i in enumerate(asking):
+            if tokens[i] >= 0:
+                logprobs[i] = scores.logprobs[place]
+                tops[i] = scores.tops[place] if scores.tops else ()
+        return Draws(tuple(tokens), tuple(logprobs), tuple(tops) if scores.tops else ())
+
+    def score(self, seat: int, logits_RV: Tensor, tokens: Sequence[int]) -> Scores:
+        """Known tokens, one per row, in view of what the request in the seat asks to be told."""
+        return score(logits_RV, tokens, [self._seat(seat).params] * len(tokens))
 
     def _pick(
         self, logits_RV: Tensor, rows: Sequence[_Seat], positions: Sequence[int]
@@ -134,22 +161,25 @@ class Sampler:
         is_bad = (~torch.isfinite(logits_RV).all(dim=-1)).tolist()
         logits_RV.index_fill_(-1, self._banned, -torch.inf)
         for row, logits_V in zip(rows, logits_RV, strict=True):
-            if row.banned is not None:
-                logits_V.index_fill_(0, row.banned, -torch.inf)
+            if row.constraints is not None:
+                row.constraints.apply(logits_V)
             if row.penalties is not None:
                 row.penalties.apply(logits_V)
         tokens: list[int] = logits_RV.argmax(dim=-1).tolist()
-        drawn = [i for i, row in enumerate(rows) if not row.params.is_greedy and not is_bad[i]]
+        for i, row in enumerate(rows):
+            if is_bad[i]:
+                tokens[i] = BAD_TOKEN
+            elif row.constraints is not None and logits_RV[i, tokens[i]] == -torch.inf:
+                tokens[i] = NO_TOKEN
+        drawn = [i for i, row in enumerate(rows) if not row.params.is_greedy and tokens[i] >= 0]
         if drawn:
             uniforms = [uniform(rows[i].params.seed, positions[i]) for i in drawn]
             picks = draw(logits_RV[drawn], [rows[i].params for i in drawn], uniforms)
             for i, token in zip(drawn, picks, strict=True):
                 tokens[i] = token
-        for i, row in enumerate(rows):
-            if is_bad[i]:
-                tokens[i] = BAD_TOKEN
-            elif row.penalties is not None:
-                row.penalties.update((tokens[i],))
+        for token, row in zip(tokens, rows, strict=True):
+            if token >= 0:
+                row.update((token,))
         return tokens
 
     def _seat(self, index: int) -> _Seat:
@@ -164,7 +194,8 @@ class Sampler:
 def draw(
     logits_RV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]
 ) -> list[int]:
-    """Temperature, softmax, threshold, and the draw by inverse cumulative mass in id order."""
+    """Temperature, `min_p`, softmax, threshold, and the draw by inverse cumulative mass in id
+    order."""
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, device=logits_RV.device, dtype=torch.float32).unsqueeze(-1)
@@ -172,6 +203,10 @@ def draw(
     temperatures = column([p.temperature for p in params])
     # The maximum goes first: logits / 1e-3 must not overflow before it is subtracted.
     scaled = (logits_RV.float() - logits_RV.amax(-1, keepdim=True).float()) / temperatures
+    if any(p.min_p > 0 for p in params):
+        # The most probable token is at 0 here, so these are logarithms of ratios to it.
+        least_R1 = column([p.min_p for p in params]).log()
+        scaled = scaled.masked_fill(scaled < least_R1, -torch.inf)
     probs_RV = scaled.softmax(dim=-1)
     limited = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1.0]
     if limited:

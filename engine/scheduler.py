@@ -13,10 +13,9 @@ from bisect import insort
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import count, islice
-from math import nan
 from time import perf_counter
 
-from engine.plan import BAD_TOKEN, Row, SeatStart, StepPlan, StepResult
+from engine.plan import BAD_TOKEN, NO_TOKEN, Draw, Row, SeatStart, StepPlan, StepResult
 from engine.sequence import Sequence, SequenceStatus
 from engine.state.cache import StateCache
 from engine.state.owners import is_awaiting
@@ -178,22 +177,20 @@ class Scheduler:
         self.cache.commit(plan, has_failed=result.error is not None)
         if result.error is not None:
             return self._fail_rows(plan, result.error)
-        num_draws = sum(row.sample for row in plan.rows)
-        assert len(result.tokens) == num_draws, f"{len(result.tokens)} tokens, {num_draws} draws"
-        draws = zip(result.tokens, result.logprobs or (nan,) * num_draws, strict=True)
         progress = []
-        for row in plan.rows:
-            token_id, logprob = next(draws) if row.sample else (None, nan)
+        for row, draw, scores in result.by_row(plan):
             seq = self._begun(row.seq_id)
             if seq is None:
                 continue
             seq.num_computed += row.num_tokens
             seq.num_rows_in_flight -= 1
             seq.owes_draw = False
-            if token_id != BAD_TOKEN:
+            if scores is not None:
+                seq.take_scores(scores)
+            if draw is None or draw.token_id != BAD_TOKEN:
                 self.cache.publish(seq)
-            if token_id is not None:
-                progress.append(self._take_token(seq, token_id, logprob))
+            if draw is not None:
+                progress.append(self._take_draw(seq, draw))
         return progress
 
     def check(self) -> None:
@@ -345,9 +342,11 @@ class Scheduler:
             dst=dst,
             sample=end >= seq.num_prompt_tokens,  # also to see that a state to keep is sound
             keep_logits=num_tokens > 0 and not is_decode and self.cache.keeps_logits(seq, end),
+            targets=seq.targets(begin, end),
         )
 
-    def _take_token(self, seq: Sequence, token_id: int, logprob: float) -> Progress:
+    def _take_draw(self, seq: Sequence, draw: Draw) -> Progress:
+        token_id = draw.token_id
         if token_id == BAD_TOKEN:
             position = seq.num_base_tokens + seq.num_computed
             self.cache.forget(seq)
@@ -356,9 +355,10 @@ class Scheduler:
         if seq.max_tokens == 0:
             self.finish(seq, FinishReason.LENGTH)
             return Progress(seq, None)
-        seq.output_ids.append(token_id)
-        if seq.request.sampling.has_logprobs:
-            seq.logprobs.append(logprob)
+        if token_id == NO_TOKEN:
+            self.finish(seq, FinishReason.STOP)
+            return Progress(seq, None)
+        seq.take_draw(draw)
         if token_id in seq.request.sampling.stop_token_ids:
             self.finish(seq, FinishReason.STOP)
         elif len(seq.output_ids) == seq.max_tokens:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
-from engine.plan import SlotRef
+from engine.plan import Draw, Scores, SlotRef, Targets
 from engine.state.page import Page
-from engine.types import EngineRequest, FinishReason
+from engine.types import EngineRequest, FinishReason, TopLogprobs
 
 
 class SequenceStatus(Enum):
@@ -55,6 +55,9 @@ class Sequence:
     num_base_tokens: int = field(init=False)
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # of output_ids, if they were asked for
+    tops: list[TopLogprobs] = field(default_factory=list)  # likewise
+    prompt_logprobs: list[float] = field(default_factory=list)  # likewise, from scores_from on
+    prompt_tops: list[TopLogprobs] = field(default_factory=list)
     status: SequenceStatus = SequenceStatus.WAITING
     num_planned: int = 0
     num_computed: int = 0
@@ -115,9 +118,49 @@ class Sequence:
         return 0 < num_drawn < self.max_tokens
 
     @property
+    def keeps_prompt(self) -> bool:
+        """The state after its prompt is all that is wanted, and is to be brought to the host."""
+        return self.max_tokens == 0 and self.request.keep_state is not None
+
+    @property
+    def max_reused_tokens(self) -> int:
+        """Tokens of the prompt that need not be computed if there is a state after them."""
+        if self.first_scored is None:
+            return self.num_prompt_tokens
+        return self.first_scored - 1
+
+    @property
+    def first_scored(self) -> int | None:
+        """The first prompt token that gets a log probability; there may be none."""
+        scores_from = self.request.scores_from
+        if scores_from is None or max(scores_from, 1) >= self.num_prompt_tokens:
+            return None
+        return max(scores_from, 1)
+
+    @property
     def waiting_order(self) -> tuple[int, int]:
         """Sort key among the waiting: higher priority first, then by turn."""
         return (-self.request.priority, self.turn_number)
+
+    def targets(self, begin: int, end: int) -> Targets | None:
+        """What a row that feeds positions `begin` to `end` can say about tokens to be scored: each
+        token fed says something about the next one of the prompt."""
+        if self.first_scored is None or begin >= end:
+            return None
+        first = max(self.first_scored, begin + 1)
+        token_ids = self.request.prompt_ids[first : end + 1]
+        return Targets(first - 1 - begin, token_ids) if token_ids else None
+
+    def take_draw(self, draw: Draw) -> None:
+        self.output_ids.append(draw.token_id)
+        if self.request.sampling.has_logprobs:
+            self.logprobs.append(draw.logprob)
+            if self.request.sampling.has_top_logprobs:
+                self.tops.append(draw.top)
+
+    def take_scores(self, scores: Scores) -> None:
+        self.prompt_logprobs += scores.logprobs
+        self.prompt_tops += scores.tops
 
     def tokens(self, begin: int, end: int) -> tuple[int, ...]:
         """Tokens fed at positions `begin` to `end`, all of which must be known."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from secrets import token_bytes, token_urlsafe
 from time import time
 
@@ -26,7 +26,7 @@ from engine.state.page import (
     WriteFile,
     WriteRecord,
 )
-from engine.types import EngineRequest
+from engine.types import EngineRequest, TopLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,9 @@ class SuspendedRecord:
     output_ids: list[int]
     logprobs: list[float]
     suspended_unix_s: float
+    tops: list[TopLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_tops: list[TopLogprobs] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -189,6 +192,9 @@ def _record_of(seq: Sequence) -> SuspendedRecord:
         output_ids=seq.output_ids,
         logprobs=seq.logprobs,
         suspended_unix_s=time(),
+        tops=seq.tops,
+        prompt_logprobs=seq.prompt_logprobs,
+        prompt_tops=seq.prompt_tops,
     )
 
 
@@ -208,5 +214,7 @@ def _sequence_of(held: _Held, request_id: str, seq_id: int) -> Sequence:
     seq.num_planned = seq.num_computed = record.num_computed
     seq.num_cached_tokens = record.num_cached_tokens
     seq.output_ids = list(record.output_ids)
-    seq.logprobs = list(record.logprobs)
+    seq.logprobs, seq.tops = list(record.logprobs), list(record.tops)
+    seq.prompt_logprobs = list(record.prompt_logprobs)
+    seq.prompt_tops = list(record.prompt_tops)
     return seq

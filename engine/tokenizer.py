@@ -126,6 +126,10 @@ class Tokenizer:
                 f"{self.vocab_size - 1}, and some of them may be unused"
             ) from None
 
+    def token_id(self, token: bytes) -> int | None:
+        """The id of the token with exactly these bytes, None where there is none."""
+        return self._ids.get(token)
+
     def has_text(self, token_id: int) -> bool:
         """False for id 0 and for ids that the vocabulary does not use."""
         return bool(self._bytes.get(token_id))

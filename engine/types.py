@@ -9,13 +9,17 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+# Token ids with the natural logarithms of their probabilities.
+TopLogprobs = tuple[tuple[int, float], ...]
+
 
 class FinishReason(StrEnum):
     """Why a request ended. The first two reach OpenAI clients as they are."""
 
-    STOP = "stop"  # a stop token, or a stop string
+    STOP = "stop"  # a stop token, a stop string, or no token was left that might be drawn
     LENGTH = "length"  # max_tokens reached
-    ABORT = "abort"  # client gone, deadline passed, or drained
+    ABORT = "abort"  # client gone, or drained
+    TIMEOUT = "timeout"  # EngineRequest.timeout_s is over
     SUSPENDED = "suspended"  # on disk; OutputDelta.resume_id goes on with it
     ERROR = "error"  # the engine failed the request; OutputDelta.error says how
 
@@ -24,25 +28,37 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How tokens of one request are drawn, in rapid-sampling's order and meaning.
 
-    Penalties, then temperature, softmax, then top-k and top-p together.
+    `logit_bias`, penalties, then whatever may not be drawn is taken out, then temperature,
+    softmax, `min_p`, then top-k and top-p together, of what `min_p` has left.
     `presence_penalty` is subtracted from the logit of a token generated once,
     `repetition_penalty` is added to that for each further time (additive, not the
     multiplicative one of other engines), and the sum decays by `penalty_decay` per
     generated token. Prompt tokens are never penalised.
+
+    Log probabilities are those of the model itself, before all of this.
     """
 
     temperature: float = 1.0  # 0 = greedy
     top_k: int = 0  # 0 = off
     top_p: float = 1.0  # 0 = greedy, 1 = off
+    min_p: float = 0.0  # tokens less probable than min_p times the most probable one are left out
     presence_penalty: float = 0.0
     repetition_penalty: float = 0.0
     penalty_decay: float = 1.0
     seed: int = 0  # draws depend on (seed, position) only, 0 <= seed < 2**64
     max_tokens: int = 256
+    min_tokens: int = 0  # so many tokens are drawn before one may end the request
     stop: tuple[str, ...] = ()  # removed from the text
     stop_token_ids: tuple[int, ...] = (0,)  # end the request, give no text
+    includes_stop: bool = False  # the stop string, or the stop token's text, stays in the text
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token ids, each at most once
+    allowed_token_ids: tuple[int, ...] = ()  # only these are drawn; none = all
     banned_token_ids: tuple[int, ...] = ()
+    # Texts that no run of drawn tokens spells, nor with a space in front: engine/constraints.py.
+    bad_words: tuple[str, ...] = ()
     has_logprobs: bool = False  # report the model's log probability of every token drawn
+    num_top_logprobs: int = 0  # and of so many of the most probable ones
+    candidate_token_ids: tuple[int, ...] = ()  # and of these
 
     @property
     def is_greedy(self) -> bool:
@@ -51,6 +67,10 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         return self.presence_penalty != 0.0 or self.repetition_penalty != 0.0
+
+    @property
+    def has_top_logprobs(self) -> bool:
+        return self.num_top_logprobs > 0 or bool(self.candidate_token_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,14 +104,14 @@ class EngineRequest:
 
     `prompt_ids` begins with token 0 where it begins a document; it goes on from `state_id` where
     that is given, and may then be empty if the state has logits. `max_tokens = 0` computes the
-    prompt only, which makes sense with `keep_state`.
+    prompt only: for its log probabilities, for `keep_state`, or for others to begin from.
     """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0  # higher first among the waiting
-    timeout_s: float | None = None  # from submission; then FinishReason.ABORT
+    timeout_s: float | None = None  # from submission; then FinishReason.TIMEOUT
     cache_salt: str = ""  # states are reused only among requests of the same salt
     # Numbers of prompt tokens after which a snapshot is worth leaving: where messages begin.
     snapshot_hints: tuple[int, ...] = ()
@@ -100,14 +120,21 @@ class EngineRequest:
     initial_state: str | None = None  # name of a tuned state that stands for the zero state
     keep_state: StateOptions | None = None  # file the state after the last emitted token
     is_resumable: bool = False  # a graceful stop writes it to disk instead of aborting it
+    # The prompt tokens from this index on get log probabilities, with top ones as `sampling` says;
+    # the first one of the prompt never has one. States are reused for what comes before them only.
+    scores_from: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputDelta:
     """What a request produced since its reader last looked.
 
-    `text` is complete UTF-8 and never holds part of a stop string; it may be empty in the
-    last delta only. Exactly one delta per request has a `finish_reason`, and it is the last.
+    `text` is complete UTF-8 and never holds part of a stop string; it may be empty in the last
+    delta, and in the one with the `prompt_logprobs`, which come together and before any token.
+    Exactly one delta per request has a `finish_reason`, and it is the last.
+
+    `token_ids` are those of which some byte is certain to be text, in the last delta also those
+    that stopped it: `num_text_bytes` says where among the bytes of all tokens the text ends.
     """
 
     text: str = ""
@@ -119,6 +146,12 @@ class OutputDelta:
     num_cached_tokens: int = 0  # of the prompt, taken from a snapshot
     error: str | None = None
     logprobs: tuple[float, ...] = ()  # one per token id, if the request asked for them
+    # Per token id, if asked for: `num_top_logprobs`, the most probable first, then candidates.
+    tops: tuple[TopLogprobs, ...] = ()
+    # Of the prompt from `scores_from` on, if asked for, without its first token; and their tops.
+    prompt_logprobs: tuple[float, ...] = ()
+    prompt_tops: tuple[TopLogprobs, ...] = ()
+    num_text_bytes: int = 0  # of all token ids so far; without what ended the request
     num_state_tokens: int = 0  # of the state that the prompt went on from
     state: StateInfo | None = None  # in the last delta: what `keep_state` filed
     resume_id: str | None = None  # in the last delta: what `resume` goes on with

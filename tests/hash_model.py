@@ -20,6 +20,7 @@ from engine.plan import (
     MoveKind,
     PageMove,
     Row,
+    Scores,
     SeatStart,
     SlotRef,
     StepPlan,
@@ -45,6 +46,21 @@ def draw(state: int, history: int, seed: int, position: int, bad_every: int) -> 
     mixed = (state * 0x9E3779B97F4A7C15 + history * 0xBF58476D1CE4E5B9) % MODULUS
     mixed = ((mixed ^ seed) * 0x94D049BB133111EB + position * 0xD6E8FEB86659FD93) % MODULUS
     return (mixed ^ (mixed >> 29)) * BASE % MODULUS % VOCAB_SIZE
+
+
+def logprob_of(state: int, token: int) -> float:
+    """What the model says of `token` as the next one."""
+    return -(feed(state, token) % 4093) / 256
+
+
+def scores_of(request: EngineRequest, state: int = 0) -> list[float]:
+    """The log probabilities of the prompt that the request asks for, by a plain loop."""
+    found = []
+    for place, token in enumerate(request.prompt_ids):
+        if request.scores_from is not None and place >= max(request.scores_from, 1):
+            found.append(logprob_of(state, token))
+        state = feed(state, token)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +134,14 @@ class HashModel:
             self._move(move)
         for start in plan.starts:
             self.seats[start.seat] = _seat(start)
+        scores = tuple(self._score(row) for row in plan.rows if row.targets)
         states = [self._advance(row) for row in plan.rows]
         for row, state in zip(plan.rows, states, strict=True):
             if row.num_tokens > 0:
                 self._write(row.dst, state, has_logits=row.keep_logits)
         pairs = zip(plan.rows, states, strict=True)
-        return StepResult(
-            plan.step_id, tuple(self._sample(row, state) for row, state in pairs if row.sample)
-        )
+        tokens = tuple(self._sample(row, state) for row, state in pairs if row.sample)
+        return StepResult(plan.step_id, tokens, scores=scores)
 
     def fail(self, plan: StepPlan, *, is_fatal: bool = False) -> StepResult:
         """A step that broke half way: every seat and page it was to set holds garbage."""
@@ -167,6 +183,17 @@ class HashModel:
         for token in self._tokens(row):
             state = feed(state, token)
         return state
+
+    def _score(self, row: Row) -> Scores:
+        assert row.targets is not None, "a row without targets"
+        state, states = self._read(row.src), list[int]()
+        for token in self._tokens(row):
+            state = feed(state, token)
+            states.append(state)
+        begin, token_ids = row.targets
+        return Scores(
+            tuple(logprob_of(states[begin + i], token) for i, token in enumerate(token_ids))
+        )
 
     def _tokens(self, row: Row) -> tuple[int, ...]:
         if row.tokens is not None:

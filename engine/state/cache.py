@@ -147,18 +147,18 @@ class StateCache:
         return page is not None and not page.exists
 
     def has_whole(self, seq: Sequence) -> bool:
-        """There is nothing to compute for a sequence that only wants the state of its prompt.
-
-        Then that state is held for it, wherever it lies.
-        """
+        """There is nothing to compute for a sequence that draws no token. If the state of its
+        prompt is to be kept, it is held for it, wherever it lies."""
         page, num_tokens = self._matching.match(seq)
-        is_whole = page is not None and page.has_logits and num_tokens == seq.num_prompt_tokens
-        if seq.max_tokens > 0 or page is None or not is_whole or not self.tiers.secure(page):
+        if page is None or not page.has_logits or num_tokens < seq.num_prompt_tokens:
+            return False
+        if seq.max_tokens > 0 or (seq.keeps_prompt and not self.tiers.secure(page)):
             return False
         seq.num_cached_tokens = num_tokens
-        seq.kept = page
-        self.tiers.hold(page)
-        self.tiers.keep_safe(page)
+        if seq.keeps_prompt:
+            seq.kept = page
+            self.tiers.hold(page)
+            self.tiers.keep_safe(page)
         return True
 
     def admit(self, seq: Sequence) -> bool:
@@ -171,12 +171,12 @@ class StateCache:
             return self._swap_in(seq)
         page, num_tokens = self._matching.match(seq)
         with self.tiers.frame_held(page):
-            if seq.max_tokens == 0:  # first, or a page that makes room takes the last one
+            if seq.keeps_prompt:  # first, or a page that makes room takes the last one
                 seq.frame = self.tiers.take_frame()
             slot = self.tiers.take_slot(spare=page)
             origin = None if page is None else page.slot  # making room for itself takes it away
             slot = slot or self.tiers.take_slot()
-        if slot is None or (seq.max_tokens == 0 and seq.frame is None):
+        if slot is None or (seq.keeps_prompt and seq.frame is None):
             self._give_back(seq, slot)
             return False
         seq.slot, seq.origin = slot, self.pool.zero
@@ -237,7 +237,7 @@ class StateCache:
 
     def keeps_logits(self, seq: Sequence, end: int) -> bool:
         """The row that ends at `end` is to leave its logits: the prompt may come again."""
-        is_kept = self._seed is not None or seq.max_tokens == 0
+        is_kept = self._seed is not None or seq.keeps_prompt
         return is_kept and end == seq.num_prompt_tokens
 
     def end_plan(self) -> tuple[PageMove, ...]:

@@ -35,15 +35,18 @@ class Matching:
         """The deepest page to begin from, and the tokens of the prompt that it saves.
 
         All of them where the page has logits. A page of the cache that has to come from the disk
-        counts only for who has not asked there yet.
+        counts only for who has not asked there yet, and none that is past tokens to be scored.
         """
         self.chain_up(seq)
         if seq.num_prompt_tokens == 0:
             return seq.base, 0
-        page = self._index.get(seq.end_digest)
+        most = seq.max_reused_tokens
+        page = self._index.get(seq.end_digest) if most == seq.num_prompt_tokens else None
         if page is not None and page.has_logits and self._is_usable(seq, page):
             return page, seq.num_prompt_tokens
-        for page, num_tokens in self._index.matches(seq.chain, seq.num_prompt_tokens - 1):
+        for page, num_tokens in self._index.matches(
+            seq.chain, min(most, seq.num_prompt_tokens - 1)
+        ):
             if self._is_usable(seq, page):
                 return page, num_tokens
         return seq.base, 0
@@ -56,7 +59,7 @@ class Matching:
         """
         if seq.status is SequenceStatus.SWAPPED:
             return not seq.is_settled or not self._is_near(seq.parked)
-        if seq.max_tokens == 0 and self._lacks_frame(seq):
+        if seq.keeps_prompt and self._lacks_frame(seq):
             return True  # its state could not be kept; those who have the frames go on meanwhile
         if self._seed is not None and (self._is_owned(seq) or self._is_fetching_better(seq)):
             return True

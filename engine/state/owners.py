@@ -33,14 +33,15 @@ class PrefillOwners:
         That one is asked to leave a snapshot there. The end of an equal prompt is best: nothing
         is left to compute then.
         """
-        owner = self._owners.get(seq.end_digest)
-        if owner is not None and _is_equal(owner, seq) and _may_leave(owner, seq.num_prompt_tokens):
+        num_prompt, most = seq.num_prompt_tokens, seq.max_reused_tokens
+        owner = self._owners.get(seq.end_digest) if most == num_prompt else None
+        if owner is not None and _is_equal(owner, seq) and _may_leave(owner, num_prompt):
             owner.expects_end = True
-            return Awaited(owner, seq.num_prompt_tokens)
+            return Awaited(owner, num_prompt)
         first = -(-least // self._paragraph_len)
         if first >= len(seq.chain) or seq.chain[first] not in self._owners:
             return None  # most prompts: whoever owns a deeper link owns this one
-        for depth in range((seq.num_prompt_tokens - 1) // self._paragraph_len, 0, -1):
+        for depth in range(min(num_prompt - 1, most) // self._paragraph_len, 0, -1):
             boundary = depth * self._paragraph_len
             if boundary < least:
                 break

@@ -43,7 +43,7 @@ def before_plan(sim: Simulation) -> Before:
         is_held_up = bool(sim.in_flight or sim.disk.jobs or sim.kept)
         is_held_up = is_held_up or all(has_companion(sim, tracked) for tracked in waiting)
         can_admit = can_admit and not is_held_up
-    if any(tracked.request.sampling.max_tokens == 0 for tracked in waiting):
+    if any(tracked.seq.max_tokens == 0 for tracked in waiting):
         can_admit = False  # it may end without a row, or wait for a frame
     return Before(
         waiting,
@@ -232,7 +232,7 @@ def _check_admission_order(sim: Simulation, plan: StepPlan, waiting: list[Tracke
     last = max((place for place, came in enumerate(came_in) if came), default=0)
     for tracked, came in zip(ranked[:last], came_in, strict=False):
         is_excused = has_companion(sim, tracked) or tracked.seq.is_finished
-        is_excused = is_excused or tracked.request.sampling.max_tokens == 0
+        is_excused = is_excused or tracked.seq.keeps_prompt
         is_excused = is_excused or tracked.base is not None
         is_excused = is_excused or bool(sim.disk.jobs) or sim.tiers.files.has_jobs
         is_excused = is_excused or bool((sim.in_flight or plan.moves) and sim.tiers.frames)

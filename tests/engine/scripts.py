@@ -12,7 +12,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from engine.types import EngineRequest, SamplingParams
+from engine.types import EngineRequest, SamplingParams, StateOptions
 from tests.engine.simulation import Simulation
 from tests.engine.tracked import Kept, Setup
 from tests.hash_model import VOCAB_SIZE
@@ -61,7 +61,7 @@ class AddAgain:
             return
         again = earlier[self.index % len(earlier)]
         has_base = again.base is None or again.base in simulation.kept
-        is_kept = again.request.sampling.max_tokens == 0
+        is_kept = again.request.keep_state is not None
         if has_base and (simulation.has_room_to_keep or not is_kept):
             sampling = replace(again.request.sampling, seed=self.seed)
             simulation.add(replace(again.request, sampling=sampling), again.base)
@@ -78,7 +78,8 @@ class Keep:
         if simulation.has_room_to_keep:
             sampling = replace(self.request.sampling, max_tokens=0)
             base = _kept(simulation, self.index)
-            simulation.add(replace(self.request, sampling=sampling), base)
+            request = replace(self.request, sampling=sampling, keep_state=StateOptions())
+            simulation.add(request, base)
 
 
 @dataclass(frozen=True)
@@ -237,9 +238,15 @@ def prompts() -> st.SearchStrategy[tuple[int, ...]]:
     return st.one_of(alone, shared, shared, shared)
 
 
-def request(prompt_ids: tuple[int, ...], hints: list[int], **fields: Any) -> EngineRequest:
-    inside = tuple(hint % (len(prompt_ids) + 1) for hint in hints)
-    return EngineRequest(prompt_ids=prompt_ids, snapshot_hints=inside, **fields)
+def request(
+    prompt_ids: tuple[int, ...], hints: list[int], scores: int | None, **fields: Any
+) -> EngineRequest:
+    length = len(prompt_ids) + 1
+    inside = tuple(hint % length for hint in hints)
+    scores_from = None if scores is None else scores % length
+    return EngineRequest(
+        prompt_ids=prompt_ids, snapshot_hints=inside, scores_from=scores_from, **fields
+    )
 
 
 def requests() -> st.SearchStrategy[EngineRequest]:
@@ -249,13 +256,14 @@ def requests() -> st.SearchStrategy[EngineRequest]:
         prompt_ids=prompts(),
         sampling=st.builds(
             SamplingParams,
-            max_tokens=st.integers(1, 12),
+            max_tokens=st.integers(0, 12),
             seed=st.integers(0, 3),
             stop_token_ids=st.sampled_from(((), MANY_STOP_IDS)),
         ),
         priority=st.integers(-1, 1),
         cache_salt=st.sampled_from(("", "", "", "tenant")),
         hints=st.lists(st.integers(0, 30), max_size=3),
+        scores=st.sampled_from((None, None)) | st.integers(0, 40),
     )
 
 

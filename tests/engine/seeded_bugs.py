@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from engine.plan import BAD_TOKEN, ZERO_SLOT, Row, SeatStart, SlotRef, StepPlan, StepResult
+from engine.plan import BAD_TOKEN, ZERO_SLOT, Draw, Row, SeatStart, SlotRef, StepPlan, StepResult
 from engine.scheduler import Progress, Scheduler
 from engine.sequence import Sequence
 from engine.state.cache import StateCache
@@ -322,12 +322,12 @@ def result_of_an_ended_row_goes_to_the_next_in_its_seat(patch: Patch) -> None:
 
 
 def change_tokens(patch: Patch, change: Callable[[Sequence, int], int]) -> None:
-    take_token = Scheduler._take_token
+    take_draw = Scheduler._take_draw
 
-    def take(self: Scheduler, seq: Sequence, token_id: int, logprob: float) -> Progress:
-        return take_token(self, seq, change(seq, token_id), logprob)
+    def take(self: Scheduler, seq: Sequence, draw: Draw) -> Progress:
+        return take_draw(self, seq, draw._replace(token_id=change(seq, draw.token_id)))
 
-    patch.setattr(Scheduler, "_take_token", take)
+    patch.setattr(Scheduler, "_take_draw", take)
 
 
 def bad_token_is_taken_for_a_token(patch: Patch) -> None:
@@ -335,17 +335,17 @@ def bad_token_is_taken_for_a_token(patch: Patch) -> None:
 
 
 def stop_token_is_overlooked(patch: Patch) -> None:
-    take_token = Scheduler._take_token
+    take_draw = Scheduler._take_draw
 
-    def take(self: Scheduler, seq: Sequence, token_id: int, logprob: float) -> Progress:
-        if token_id == BAD_TOKEN or seq.max_tokens == 0:
-            return take_token(self, seq, token_id, logprob)
-        seq.output_ids.append(token_id)
+    def take(self: Scheduler, seq: Sequence, draw: Draw) -> Progress:
+        if draw.token_id == BAD_TOKEN or seq.max_tokens == 0:
+            return take_draw(self, seq, draw)
+        seq.take_draw(draw)
         if len(seq.output_ids) == seq.max_tokens:
             self.finish(seq, FinishReason.LENGTH)
-        return Progress(seq, token_id)
+        return Progress(seq, draw.token_id)
 
-    patch.setattr(Scheduler, "_take_token", take)
+    patch.setattr(Scheduler, "_take_draw", take)
 
 
 def failed_step_ends_only_its_first_row(patch: Patch) -> None:

@@ -20,7 +20,7 @@ from engine.types import EngineRequest, FinishReason
 from tests.engine import audit
 from tests.engine.tracked import Kept, Setup, Tracked
 from tests.hash_disk import HashDisk, HashFolder
-from tests.hash_model import Answer, HashModel, feed, oracle
+from tests.hash_model import Answer, HashModel, feed, oracle, scores_of
 
 SEED = b"seed of the hash model"
 LOST = "the state it was to go on from is lost"
@@ -75,7 +75,7 @@ class Simulation:
     def has_room_to_keep(self) -> bool:
         """A further state can be kept, those that are on their way counted."""
         num_coming = sum(
-            tracked.request.sampling.max_tokens == 0 and not tracked.seq.is_finished
+            tracked.seq.keeps_prompt and not tracked.seq.is_finished
             for tracked in self.tracked.values()
         )
         return self.tiers.num_frames_available > num_coming + 1
@@ -270,6 +270,8 @@ class Simulation:
         if seq.finish_reason is not FinishReason.ABORT:
             found = Answer(tuple(tracked.tokens), seq.finish_reason or FinishReason.ABORT)
             assert found == tracked.answer, f"{seq.seq_id}: {found} is not {tracked.answer}"
+            start = 0 if tracked.base is None else tracked.base.state
+            assert seq.prompt_logprobs == scores_of(seq.request, start), f"{seq.seq_id} is scored"
 
     def _file_states(self, tracked: Tracked) -> None:
         """Note what the pages of this sequence must hold, as far as its tokens are known."""
@@ -328,11 +330,12 @@ class Simulation:
                 assert seq.error, "an error without words"
                 if "finite" in seq.error:
                     audit.check_nothing_left(self, tracked)
-            else:
+            elif seq.keeps_prompt:
                 self._keep(tracked, seq.kept)
+            else:
+                assert seq.kept is None, "a state was kept that nobody wants"
 
     def _keep(self, tracked: Tracked, page: Page | None) -> None:
-        assert tracked.request.sampling.max_tokens == 0, "an end without a token"
         assert page is not None, "the state of a prompt was wanted and is not there"
         assert page.num_holders > 0, "a state that is wanted is held by nobody"
         assert page.has_logits, "the state of a prompt has no logits"

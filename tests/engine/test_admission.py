@@ -25,6 +25,8 @@ def check(request: EngineRequest, max_context_len: int = 0) -> None:
         SamplingParams(temperature=0.0, top_p=0.0, max_tokens=1, seed=2**64 - 1),
         SamplingParams(presence_penalty=-3.0, repetition_penalty=9.0, penalty_decay=0.5),
         SamplingParams(stop=("é", ""), stop_token_ids=(), banned_token_ids=(9,)),
+        SamplingParams(max_tokens=0),
+        SamplingParams(min_p=1.0, min_tokens=256, bad_words=("é",), allowed_token_ids=(0, 1)),
     ],
 )
 def test_a_good_request_is_taken(sampling: SamplingParams) -> None:
@@ -34,7 +36,19 @@ def test_a_good_request_is_taken(sampling: SamplingParams) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("max_tokens", 0, "max_tokens = 0: must be at least 1"),
+        ("max_tokens", -1, "max_tokens = -1: must be at least 0"),
+        ("min_tokens", -1, "min_tokens = -1: must be from 0 to max_tokens = 256"),
+        ("min_tokens", 257, "min_tokens = 257"),
+        ("min_p", -0.1, "min_p = -0.1: must be from 0"),
+        ("min_p", math.nan, "min_p = nan"),
+        ("logit_bias", ((10, 1.0),), "logit_bias has 10"),
+        ("logit_bias", ((1, math.inf),), "logit_bias of token 1 is inf"),
+        ("logit_bias", ((1, 1.0), (1, 2.0)), "names a token twice"),
+        ("allowed_token_ids", (10,), "allowed_token_ids has 10"),
+        ("bad_words", ("ok", "\ud800"), "bad_words has '.*ud800'"),
+        ("bad_words", ("",), "bad_words has an empty string"),
+        ("num_top_logprobs", -1, "num_top_logprobs = -1"),
+        ("candidate_token_ids", (-1,), "candidate_token_ids has -1"),
         ("temperature", -0.1, "temperature = -0.1"),
         ("temperature", math.nan, "temperature = nan"),
         ("temperature", math.inf, "temperature = inf"),
@@ -126,3 +140,23 @@ def test_an_old_rate_is_forgotten() -> None:
     rate = ServiceRate()
     rate.count_end(0.0)
     assert rate.retry_after_s(num_waiting=1000, now_s=RECENT_S + 1) == MIN_RETRY_S
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(allowed_token_ids=(3, 4), banned_token_ids=(3, 4)),
+        SamplingParams(allowed_token_ids=(0,), min_tokens=1),
+    ],
+)
+def test_rules_that_leave_no_token_at_all_are_refused(sampling: SamplingParams) -> None:
+    with pytest.raises(InvalidRequest, match="nothing could be drawn") as refused:
+        check(replace(GOOD, sampling=sampling))
+    assert refused.value.field == "allowed_token_ids"
+
+
+@pytest.mark.parametrize("scores_from", [-1, 100])
+def test_scores_must_begin_within_the_prompt(scores_from: int) -> None:
+    with pytest.raises(InvalidRequest, match=f"scores_from = {scores_from}") as refused:
+        check(replace(GOOD, scores_from=scores_from))
+    assert refused.value.field == "scores_from"

@@ -164,7 +164,7 @@ async def test_a_deadline_ends_the_request_with_what_it_has() -> None:
             await turn()
         delta = await read_all(stream)
         assert_is_free(core)
-    assert delta.finish_reason is FinishReason.ABORT
+    assert delta.finish_reason is FinishReason.TIMEOUT
     assert delta.token_ids == oracle(ask()).token_ids[:3]
 
 
@@ -186,4 +186,4 @@ async def test_a_deadline_also_ends_a_request_that_waits() -> None:
         await turn()
         delta = await read_all(core.submit(ask("second", timeout_s=0.01)))
         assert core.snapshot().num_waiting == 0
-    assert delta.finish_reason is FinishReason.ABORT
+    assert delta.finish_reason is FinishReason.TIMEOUT

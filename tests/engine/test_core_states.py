@@ -266,7 +266,7 @@ async def test_a_deadline_while_the_state_is_computed_gives_the_text_and_no_stat
         await turn()
         await to_sealing(machine, request)
         delta = await read_all(stream)
-        assert (delta.finish_reason, delta.state) == (FinishReason.ABORT, None)
+        assert (delta.finish_reason, delta.state) == (FinishReason.TIMEOUT, None)
         assert delta.token_ids == oracle(request).token_ids
         await machine.settle()
         await machine.check_is_sound()

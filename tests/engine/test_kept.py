@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from engine.plan import MoveKind
-from engine.types import EngineRequest, FinishReason, SamplingParams
+from engine.types import EngineRequest, FinishReason, SamplingParams, StateOptions
 from tests.engine.simulation import LOST, Simulation
 from tests.engine.tracked import Kept, Setup
 
@@ -24,6 +24,7 @@ def ask(*prompt_ids: int, max_tokens: int = 3, seed: int = 0) -> EngineRequest:
         request_id="r",
         prompt_ids=prompt_ids,
         sampling=SamplingParams(max_tokens=max_tokens, seed=seed, stop_token_ids=()),
+        keep_state=None if max_tokens else StateOptions(),
     )
 
 

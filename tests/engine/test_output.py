@@ -36,10 +36,16 @@ def tokenize(pieces: list[bytes]) -> tuple[Tokenizer, list[int]]:
     return Tokenizer(table), [ids[piece] for piece in pieces]
 
 
-def run(pieces: list[bytes], stop: tuple[str, ...] = ()) -> tuple[list[str], str | None]:
+def run(
+    pieces: list[bytes],
+    stop: tuple[str, ...] = (),
+    *,
+    min_tokens: int = 0,
+    includes_stop: bool = False,
+) -> tuple[list[str], str | None]:
     """What each push gave (up to a stop string) and, last, what finish gave; the stop string."""
     tokenizer, ids = tokenize(pieces)
-    output = TextOutput(tokenizer, stop)
+    output = TextOutput(tokenizer, stop, min_tokens=min_tokens, includes_stop=includes_stop)
     texts = []
     for token_id in ids:
         texts.append(output.push(token_id))
@@ -48,16 +54,27 @@ def run(pieces: list[bytes], stop: tuple[str, ...] = ()) -> tuple[list[str], str
     return [*texts, output.finish()], output.matched_stop
 
 
-def naive(pieces: list[bytes], stop: tuple[str, ...]) -> tuple[str, str | None]:
-    """Search all bytes again after every token."""
+def naive(
+    pieces: list[bytes],
+    stop: tuple[str, ...],
+    *,
+    min_tokens: int = 0,
+    includes_stop: bool = False,
+) -> tuple[str, str | None]:
+    """Search all bytes again after every token; what was complete before the token is text."""
     whole = b""
-    for piece in pieces:
-        whole += piece
-        found = [(whole.find(s.encode()), -len(s.encode()), s) for s in stop if s]
-        found = [match for match in found if match[0] >= 0]
-        if found:
+    for number, piece in enumerate(pieces):
+        begin, whole = len(whole), whole + piece
+        found = [
+            (start, -len(word), word)
+            for word in (s.encode() for s in stop if s)
+            for start in range(len(whole))
+            if whole.startswith(word, start) and start + len(word) > begin
+        ]
+        if found and number >= min_tokens:
             start, _, matched = min(found)
-            return whole[:start].decode("utf-8", "replace"), matched
+            end = start + len(matched) if includes_stop else start
+            return whole[:end].decode("utf-8", "replace"), matched.decode()
     return whole.decode("utf-8", "replace"), None
 
 
@@ -76,6 +93,39 @@ def test_text_is_the_whole_decoded_and_cut_at_the_stop(
 ) -> None:
     texts, matched = run(pieces, stop)
     assert ("".join(texts), matched) == naive(pieces, stop)
+
+
+@given(PIECES, STOPS, st.integers(0, 6), st.booleans())
+def test_stops_count_behind_the_least_number_of_tokens_and_may_stay(
+    pieces: list[bytes], stop: tuple[str, ...], min_tokens: int, includes_stop: bool
+) -> None:
+    rules = dict(min_tokens=min_tokens, includes_stop=includes_stop)
+    texts, matched = run(pieces, stop, **rules)
+    assert ("".join(texts), matched) == naive(pieces, stop, **rules)
+
+
+def test_stop_that_began_before_the_least_number_of_tokens_and_ends_behind_counts() -> None:
+    assert run([b"xa", b"b", b"y"], ("ab",), min_tokens=1) == (["x", "", ""], "ab")
+    assert run([b"xa", b"b", b"y"], ("ab",), min_tokens=2) == (["x", "", "aby", ""], None)
+
+
+@given(PIECES, STOPS, st.booleans())
+def test_emitted_bytes_are_those_of_the_text(
+    pieces: list[bytes], stop: tuple[str, ...], includes_stop: bool
+) -> None:
+    tokenizer, ids = tokenize(pieces)
+    output = TextOutput(tokenizer, stop, includes_stop=includes_stop)
+    num_bytes = 0
+    for token_id in ids:
+        output.push(token_id)
+        num_bytes += len(tokenizer.token_bytes(token_id))
+        if output.matched_stop is not None:
+            break
+        assert output.num_emitted_bytes + output.num_held_bytes == num_bytes
+    output.finish()
+    text, _ = naive(pieces, stop, includes_stop=includes_stop)
+    whole = b"".join(pieces)[: output.num_emitted_bytes]
+    assert whole.decode("utf-8", "replace") == text
 
 
 @given(st.lists(st.binary(min_size=1, max_size=4)))

@@ -28,6 +28,7 @@ from tests.engine.scripts import (
 )
 from tests.engine.seeded_bugs import BUGS, Bug, Patch
 from tests.engine.seeded_cache_bugs import CACHE_BUGS
+from tests.engine.seeded_score_bugs import SCORE_BUGS
 from tests.engine.seeded_state_bugs import STATE_BUGS
 from tests.engine.seeded_tier_bugs import TIER_BUGS
 from tests.engine.simulation import Simulation
@@ -142,7 +143,9 @@ def test_the_property_holds_without_a_bug() -> None:
 
 
 @pytest.mark.parametrize(
-    "bug", BUGS + CACHE_BUGS + TIER_BUGS + STATE_BUGS, ids=lambda bug: bug.__name__
+    "bug",
+    BUGS + CACHE_BUGS + TIER_BUGS + STATE_BUGS + SCORE_BUGS,
+    ids=lambda bug: bug.__name__,
 )
 def test_the_property_finds(bug: Bug, monkeypatch: Patch) -> None:
     bug(monkeypatch)
