@@ -119,9 +119,18 @@ class Answers:
             alarm.cancel()
 
 
-def best(candidates: Sequence[OutputDelta], num_choices: int) -> list[OutputDelta]:
-    """Those with the highest mean log probability per token, the best one first."""
-    return sorted(candidates, key=_mean_logprob, reverse=True)[:num_choices]
+def best(candidates: Sequence[OutputDelta], num_each: int, num_choices: int) -> list[int]:
+    """Of each `num_each` candidates the numbers of the `num_choices` with the highest mean log
+    probability per token, the best one first; of as many choices, all in order."""
+    chosen: list[int] = []
+    for begin in range(0, len(candidates), num_each):
+        group = range(begin, begin + num_each)
+        if num_choices < num_each:
+            ranked = sorted(group, key=lambda i: _mean_logprob(candidates[i]), reverse=True)
+            chosen += ranked[:num_choices]
+        else:
+            chosen += group
+    return chosen
 
 
 def _mean_logprob(answer: OutputDelta) -> float:

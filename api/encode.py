@@ -1,19 +1,20 @@
-"""OutputDelta -> the bytes of OpenAI responses and stream chunks. Knows no sockets.
+"""OutputDelta -> the bytes of OpenAI responses and stream chunks: what both protocols share.
 
 What is the same in every chunk of an answer is encoded once; a token then costs one
-`orjson.dumps` of its text and one concatenation.
+`orjson.dumps` of its text and one concatenation. Knows no sockets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import orjson
 
 from api.states import state_object
-from engine.types import FinishReason, OutputDelta
+from engine.tokenizer import Tokenizer
+from engine.types import OutputDelta
 
 Usage = dict[str, object]
 
@@ -50,6 +51,22 @@ class AnswerHead:
         return fields
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Details:
+    """What is told of each choice beside its text."""
+
+    logprobs_by: Tokenizer | None = None  # log probabilities, of tokens of this vocabulary
+    has_token_ids: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ChoicePrompt:
+    """What a choice continues."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
 class Encoder(Protocol):
     """Answers as one JSON object (`whole`), or as a stream of JSON objects (the others).
 
@@ -59,10 +76,12 @@ class Encoder(Protocol):
 
     def first(self) -> list[bytes]: ...
 
-    def text(self, index: int, text: str) -> list[bytes]: ...
+    def piece(self, index: int, delta: OutputDelta) -> list[bytes]:
+        """What a delta adds to its choice, the last one too."""
+        ...
 
     def last(self, index: int, delta: OutputDelta) -> list[bytes]:
-        """The end of one choice."""
+        """The end of one choice, after its last piece."""
         ...
 
     def end(self, usage: Usage) -> list[bytes]:
@@ -88,10 +107,13 @@ class ChunkFrame:
     def around(self, choice: bytes) -> bytes:
         return b"".join((self._before, choice, self._after))
 
-    def around_last(self, choice: dict[str, object], delta: OutputDelta) -> bytes:
+    def around_with(self, choice: dict[str, object], fields: dict[str, object]) -> bytes:
+        """With further fields beside `choices`."""
         chunk = self.around(orjson.dumps(choice))
-        endings = self._head.endings(delta)
-        return chunk[:-1] + b"," + orjson.dumps(endings)[1:] if endings else chunk
+        return chunk[:-1] + b"," + orjson.dumps(fields)[1:] if fields else chunk
+
+    def around_last(self, choice: dict[str, object], delta: OutputDelta) -> bytes:
+        return self.around_with(choice, self._head.endings(delta))
 
     def end(self, usage: Usage) -> list[bytes]:
         """The chunk with the usage, where one was asked for."""
@@ -100,121 +122,37 @@ class ChunkFrame:
         return [orjson.dumps(self._head.fields(self._kind) | {"choices": [], "usage": usage})]
 
 
-class ChatEncoder:
-    """chat.completion and chat.completion.chunk.
-
-    With `strips_start`, white space before the first word is dropped: the prompt ends in
-    "Assistant:", so the answer begins with the space after the colon.
-    """
-
-    def __init__(
-        self, head: AnswerHead, *, has_usage_chunk: bool = False, strips_start: bool = False
-    ) -> None:
-        self._head = head
-        self._frame = ChunkFrame(head, "chat.completion.chunk", has_usage_chunk)
-        self._unbegun = set(range(head.num_choices)) if strips_start else set()
-
-    def first(self) -> list[bytes]:
-        delta = {"role": "assistant", "content": ""}
-        return [
-            self._frame.around(orjson.dumps(_chat_choice(index, delta, None)))
-            for index in range(self._head.num_choices)
-        ]
-
-    def text(self, index: int, text: str) -> list[bytes]:
-        if index in self._unbegun:
-            text = text.lstrip()
-            if text:
-                self._unbegun.discard(index)
-        if not text:
-            return []
-        choice = b'{"index":%d,"delta":{"content":%b},"logprobs":null,"finish_reason":null}'
-        return [self._frame.around(choice % (index, orjson.dumps(text)))]
-
-    def last(self, index: int, delta: OutputDelta) -> list[bytes]:
-        assert delta.finish_reason is not None, "not the last delta"
-        return [self._frame.around_last(_chat_choice(index, {}, delta.finish_reason), delta)]
-
-    def end(self, usage: Usage) -> list[bytes]:
-        return self._frame.end(usage)
-
-    def whole(self, deltas: Sequence[OutputDelta], usage: Usage) -> bytes:
-        choices: list[dict[str, object]] = [
-            {
-                "index": index,
-                "message": {
-                    "role": "assistant",
-                    "content": delta.text.lstrip() if index in self._unbegun else delta.text,
-                    "refusal": None,
-                },
-                "logprobs": None,
-                "finish_reason": delta.finish_reason,
-            }
-            for index, delta in enumerate(deltas)
-        ]
-        return _whole(self._head, "chat.completion", choices, deltas, usage)
+def whole_answer(
+    head: AnswerHead,
+    kind: str,
+    choices: Sequence[dict[str, object]],
+    deltas: Sequence[OutputDelta],
+    usage: Usage,
+    beside: Mapping[str, object],
+) -> bytes:
+    """`beside` are further fields beside `choices`."""
+    fields = {"choices": choices, "usage": usage, **beside} | head.endings(deltas[0])
+    return orjson.dumps(head.fields(kind) | fields)
 
 
-class CompletionEncoder:
-    """text_completion, whole and as chunks, with the three extra fields of rwkv-rs."""
-
-    def __init__(
-        self, head: AnswerHead, *, stops: Sequence[str] = (), has_usage_chunk: bool = False
-    ) -> None:
-        self._head = head
-        self._stops = list(stops)
-        self._frame = ChunkFrame(head, "text_completion", has_usage_chunk)
-
-    def first(self) -> list[bytes]:
-        return []
-
-    def text(self, index: int, text: str) -> list[bytes]:
-        if not text:
-            return []
-        choice = b'{"text":%b,"index":%d,"logprobs":null,"finish_reason":null}'
-        return [self._frame.around(choice % (orjson.dumps(text), index))]
-
-    def last(self, index: int, delta: OutputDelta) -> list[bytes]:
-        assert delta.finish_reason is not None, "not the last delta"
-        return [self._frame.around_last(self._choice(index, "", delta), delta)]
-
-    def end(self, usage: Usage) -> list[bytes]:
-        return self._frame.end(usage)
-
-    def whole(self, deltas: Sequence[OutputDelta], usage: Usage) -> bytes:
-        choices = [self._choice(index, delta.text, delta) for index, delta in enumerate(deltas)]
-        return _whole(self._head, "text_completion", choices, deltas, usage)
-
-    def _choice(self, index: int, text: str, delta: OutputDelta) -> dict[str, object]:
-        choice: dict[str, object] = {
-            "text": text,
-            "index": index,
-            "logprobs": None,
-            "finish_reason": delta.finish_reason,
-            "generated_tokens": delta.num_output_tokens,
-        }
-        if delta.matched_stop is not None:
-            choice["matched_stop_suffix"] = delta.matched_stop
-            if delta.matched_stop in self._stops:  # a resumed answer's are not known here
-                choice["matched_stop_suffix_index"] = self._stops.index(delta.matched_stop)
-        return choice
-
-
-def usage_of(answers: Sequence[OutputDelta], reported_context_len: int = 0) -> Usage:
-    """OpenAI's usage object for all answers to one prompt, which counts once.
+def usage_of(
+    answers: Sequence[OutputDelta], num_per_prompt: int = 1, reported_context_len: int = 0
+) -> Usage:
+    """OpenAI's usage object for all answers, `num_per_prompt` to each prompt, which counts once.
 
     The begin-of-document token counts as a prompt token, the tokens of a continued state do not.
     Beyond `reported_context_len` tokens of state, prompt and answer it says so; 0 = never.
     """
-    first = answers[0]
+    firsts = answers[::num_per_prompt]
+    num_prompt_tokens = sum(first.num_prompt_tokens for first in firsts)
     num_output_tokens = sum(answer.num_output_tokens for answer in answers)
-    details = {"cached_tokens": first.num_cached_tokens}
-    if first.num_state_tokens:
-        details["state_tokens"] = first.num_state_tokens
+    details = {"cached_tokens": sum(first.num_cached_tokens for first in firsts)}
+    if firsts[0].num_state_tokens:
+        details["state_tokens"] = firsts[0].num_state_tokens
     usage: Usage = {
-        "prompt_tokens": first.num_prompt_tokens,
+        "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_output_tokens,
-        "total_tokens": first.num_prompt_tokens + num_output_tokens,
+        "total_tokens": num_prompt_tokens + num_output_tokens,
         "prompt_tokens_details": details,
     }
     if any(_context_len(answer) > reported_context_len > 0 for answer in answers):
@@ -227,20 +165,3 @@ _HOLE = 0  # stands for the choice of a chunk while its surroundings are encoded
 
 def _context_len(answer: OutputDelta) -> int:
     return answer.num_state_tokens + answer.num_prompt_tokens + answer.num_output_tokens
-
-
-def _chat_choice(
-    index: int, delta: dict[str, str], finish_reason: FinishReason | None
-) -> dict[str, object]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-
-
-def _whole(
-    head: AnswerHead,
-    kind: str,
-    choices: Sequence[dict[str, object]],
-    deltas: Sequence[OutputDelta],
-    usage: Usage,
-) -> bytes:
-    fields = {"choices": choices, "usage": usage} | head.endings(deltas[0])
-    return orjson.dumps(head.fields(kind) | fields)

@@ -26,6 +26,7 @@ TYPE_OF_STATUS = {
     429: "rate_limit_error",
     500: SERVER_ERROR,
     503: SERVER_ERROR,
+    504: SERVER_ERROR,
     507: SERVER_ERROR,
 }
 FIELD_OF_ENGINE = {"state_id": "state", "resume_id": "resume", "keep_state": "return_state"}
@@ -76,6 +77,17 @@ def draining() -> ApiError:
         "the server is shutting down; try again",
         code="draining",
         headers=((b"retry-after", b"%d" % DRAIN_RETRY_AFTER_S), (b"connection", b"close")),
+    )
+
+
+def timed_out() -> ApiError:
+    """The client's own deadline; its library is told not to try again by itself."""
+    return ApiError(
+        504,
+        "the answer was not complete within 'timeout_ms'",
+        param="timeout_ms",
+        code="timeout",
+        headers=((b"x-should-retry", b"false"),),
     )
 
 

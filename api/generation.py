@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from blacksheep import Request, Response, StreamedContent
 
 from api.answers import COMPLETE, AnswerFailed, Answers, best
-from api.encode import AnswerHead, Encoder, Usage, usage_of
-from api.errors import ApiError, draining, from_engine, invalid
+from api.encode import AnswerHead, ChoicePrompt, Details, Encoder, Usage, usage_of
+from api.engine_request import check_room, choice_prompts, engine_requests
+from api.errors import ApiError, draining, from_engine, timed_out
 from api.generation_body import GenerationBody
 from api.lifetime import lifetime_of
-from api.placement import Placed, initial_state_of, place
+from api.placement import Placed, place
 from api.prompt import Prompt
 from api.recent import recent_response
 from api.registry import Replica
@@ -28,43 +29,55 @@ from engine.client import EngineClient, RequestStream
 from engine.errors import EngineError
 from engine.types import EngineRequest, FinishReason, OutputDelta, StateInfo
 
-NUM_SEEDS = 2**64
 STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold events back
 ]
 
 # (who is to do it, the state that it goes on from)
-PromptFor = Callable[[Replica, StateInfo | None], Prompt]
+PromptsFor = Callable[[Replica, StateInfo | None], Sequence[Prompt]]
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """What an engine has queued; without a request where it goes on with a suspended one."""
+    """What an engine has queued; without requests where it goes on with a suspended one.
+
+    `requests` are in the order of the answers: all candidates of a prompt, then those of the next.
+    """
 
     head: AnswerHead
     replica: Replica
     answers: Answers
-    request: EngineRequest | None = None
+    requests: tuple[EngineRequest, ...] = ()
+    prompts: tuple[ChoicePrompt, ...] = ()  # one per choice
+    num_candidates: int = 1  # to each prompt
+
+    def details(self, body: GenerationBody) -> Details:
+        """What the encoder is to tell of each choice; of a resumed one, what was asked for once."""
+        has_logprobs = body.num_top_logprobs is not None or not self.requests
+        return Details(
+            logprobs_by=self.replica.client.tokenizer if has_logprobs else None,
+            has_token_ids=body.return_token_ids or False,
+        )
 
 
 async def accept(
     service: Service,
     http_request: Request,
     body: GenerationBody,
-    prompt_for: PromptFor,
+    prompts_for: PromptsFor,
     id_prefix: str,
 ) -> Accepted:
     """Queue what is asked for, for as long as the client is there. Raises as `queue` does."""
     lifetime = lifetime_of(http_request)
-    answer_id = f"{id_prefix}-{uuid.uuid4().hex}"
-    accepted = await queue(service, lifetime.owner, body, prompt_for, answer_id)
+    answer_id = f"{id_prefix}-{body.request_id or uuid.uuid4().hex}"
+    accepted = await queue(service, lifetime.owner, body, prompts_for, answer_id)
     lifetime.on_end(accepted.answers.close)
     return accepted
 
 
 async def queue(
-    service: Service, owner: str, body: GenerationBody, prompt_for: PromptFor, answer_id: str
+    service: Service, owner: str, body: GenerationBody, prompts_for: PromptsFor, answer_id: str
 ) -> Accepted:
     """Queue what is asked for. Raises ApiError for all that can be known before it runs.
 
@@ -72,28 +85,33 @@ async def queue(
     """
     if service.is_draining:
         raise draining()
-    request = None
+    requests: list[EngineRequest] = []
+    prompts: list[ChoicePrompt] = []
     if body.resume is not None:
         replica = service.registry.get(body.model)
         streams = [_resumed(replica.client, body.resume, owner, answer_id)]
     else:
 
-        def prompt_now(replica: Replica) -> Prompt:
-            return prompt_for(replica, state_of(replica, owner, body.state))
+        def prompts_now(replica: Replica) -> Sequence[Prompt]:
+            check_room(body, replica.table)
+            return prompts_for(replica, state_of(replica, owner, body.state))
 
-        placed = await place(service.registry, body.model, prompt_now)
+        placed = await place(service.registry, body.model, prompts_now)
         replica = placed.replica
-        request = _engine_request(body, placed, owner, answer_id)
-        streams = _submit_copies(placed, request, body.num_candidates)
+        requests = engine_requests(body, placed, owner, answer_id)
+        streams = _submit(placed, requests)
+        prompts = choice_prompts(placed, body.num_choices)
+    num_candidates = body.num_candidates
     head = AnswerHead(
         answer_id=answer_id,
         created=int(time.time()),
         model_name=replica.table.model_name,
         fingerprint=replica.client.info.fingerprint,
-        num_choices=body.num_choices,
-        returns_state=request is not None and request.keep_state is not None,
+        num_choices=len(streams) // num_candidates * body.num_choices,
+        returns_state=any(request.keep_state is not None for request in requests),
     )
-    return Accepted(head, replica, Answers(streams), request)
+    answers = Answers(streams)
+    return Accepted(head, replica, answers, tuple(requests), tuple(prompts), num_candidates)
 
 
 async def respond(
@@ -114,14 +132,16 @@ async def respond(
             candidates = await answers.collect()
         except AnswerFailed as failure:
             raise failed(failure.delta) from None
-        chosen = candidates
-        if len(candidates) > body.num_choices:
-            chosen = best(candidates, body.num_choices)
+        chosen = {
+            number: candidates[number]
+            for number in best(candidates, accepted.num_candidates, body.num_choices)
+        }
         remember(service, accepted, chosen)
-        return json_bytes_response(encoder.whole(chosen, usage_for(accepted, candidates)))
+        usage = usage_for(accepted, candidates)
+        return json_bytes_response(encoder.whole([*chosen.values()], usage))
 
     def finish() -> Usage:
-        remember(service, accepted, answers.ends)
+        remember(service, accepted, dict(enumerate(answers.ends)))
         return usage_for(accepted, answers.ends)
 
     keep_alive_s = service.config.sse_keep_alive_ms / 1000
@@ -138,6 +158,8 @@ def failure_of(service: Service, delta: OutputDelta) -> ApiError:
     """What a client is told about a request that the engine ended before its time."""
     if delta.finish_reason is FinishReason.ERROR:
         return ApiError(500, delta.error or "the engine failed", code="engine_error")
+    if delta.finish_reason is FinishReason.TIMEOUT:
+        return timed_out()
     if service.is_draining:
         return draining()
     return ApiError(503, "the request was aborted by the server", code="aborted")
@@ -155,66 +177,17 @@ def state_of(replica: Replica, owner: str, state_id: str | None) -> StateInfo | 
         raise refusal from None
 
 
-def _engine_request(
-    body: GenerationBody, placed: Placed, owner: str, answer_id: str
-) -> EngineRequest:
-    table = placed.replica.table
-    if body.resumable and table.state_dir is None:
-        raise invalid(
-            f"'resumable' = true needs a disk, and {table.model_name} has no state_dir in its "
-            "configuration; leave it out",
-            "resumable",
-        )
-    sampling = body.to_params(placed.prompt.default_stop)
-    if body.num_candidates > body.num_choices:
-        sampling = replace(sampling, has_logprobs=True)
-    return EngineRequest(
-        request_id=answer_id,
-        prompt_ids=placed.encoded.ids,
-        sampling=sampling,
-        priority=body.rank,
-        cache_salt=body.cache_salt or "",
-        snapshot_hints=placed.encoded.hints,
-        owner=owner,
-        state_id=body.state,
-        initial_state=initial_state_of(placed.replica, body.initial_state, body.state),
-        keep_state=body.keep_state(table.state_ttl_s),
-        is_resumable=body.resumable or False,
-    )
-
-
-def _submit_copies(placed: Placed, request: EngineRequest, num_copies: int) -> list[RequestStream]:
-    """The same request with one seed each. All of them are queued, or none."""
-    client, table = placed.replica.client, placed.replica.table
-    most = table.max_batch_size + table.max_waiting
-    if num_copies > most:
-        raise invalid(
-            f"{num_copies} answers are asked for at once, but {table.model_name} runs "
-            f"max_batch_size = {table.max_batch_size} and lets max_waiting = {table.max_waiting} "
-            f"wait: ask for {most} at most",
-            "n",
-        )
-    if num_copies == 1:
-        copies = [request]
-    else:
-        seed = request.sampling.seed
-        copies = [
-            replace(
-                request,
-                request_id=f"{request.request_id}-{number}",
-                sampling=replace(request.sampling, seed=(seed + number) % NUM_SEEDS),
-            )
-            for number in range(num_copies)
-        ]
+def _submit(placed: Placed, requests: Sequence[EngineRequest]) -> list[RequestStream]:
+    """All of them are queued, or none."""
     streams: list[RequestStream] = []
     try:
-        for copy in copies:
-            stream = client.submit(copy)
-            streams.append(stream)
+        for request in requests:
+            stream = placed.replica.client.submit(request)
+            streams.append(stream)  # one by one: those before a refusal are to be closed
     except EngineError as error:
         for stream in streams:
             stream.close()
-        raise from_engine(error, placed.prompt.field) from None
+        raise from_engine(error, placed.prompts[0].prompt.field) from None
     return streams
 
 
@@ -229,14 +202,19 @@ def usage_for(accepted: Accepted, candidates: Sequence[OutputDelta]) -> Usage:
     """The usage of all answers that were computed, which are complete."""
     table = accepted.replica.table
     reports = table.context_policy == "report"
-    return usage_of(candidates, table.max_context_len if reports else 0)
+    most = table.max_context_len if reports else 0
+    return usage_of(candidates, accepted.num_candidates, most)
 
 
-def remember(service: Service, accepted: Accepted, chosen: Sequence[OutputDelta]) -> None:
-    """So that POST /v1/states can make a state of each choice."""
-    request, replica = accepted.request, accepted.replica
-    if request is None or any(answer.finish_reason not in COMPLETE for answer in chosen):
+def remember(service: Service, accepted: Accepted, chosen: Mapping[int, OutputDelta]) -> None:
+    """So that POST /v1/states can make a state of each choice. They are the chosen answers by
+    their numbers among all candidates."""
+    requests, replica = accepted.requests, accepted.replica
+    if not requests or any(answer.finish_reason not in COMPLETE for answer in chosen.values()):
         return
     name, tokenizer = replica.table.model_name, replica.client.tokenizer
-    responses = [recent_response(request, name, tokenizer, answer) for answer in chosen]
+    responses = [
+        recent_response(requests[number], name, tokenizer, answer)
+        for number, answer in chosen.items()
+    ]
     service.recent.add(accepted.head.answer_id, responses)

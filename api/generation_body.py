@@ -5,6 +5,8 @@ Knows neither messages nor prompts; those are in api/schemas.py.
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 from api.errors import invalid
@@ -15,7 +17,9 @@ from engine.types import StateOptions
 MAX_NUM_CHOICES = 128
 MAX_PRIORITY = 1000
 # Everything else was said when the generation began.
-ALLOWED_WITH_RESUME = frozenset({"model", "stream", "stream_options", "resume"})
+ALLOWED_WITH_RESUME = frozenset({"model", "stream", "stream_options", "resume", "request_id"})
+MAX_TIMEOUT_MS = 2**31 - 1
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -36,6 +40,10 @@ class GenerationBody(SamplingFields, kw_only=True):
     return_state: bool | StateFields | None = None  # keep the state at the end of the answer
     resumable: bool | None = None  # a graceful stop suspends it instead of ending it
     resume: str | None = None  # id of a suspended generation to go on with
+    timeout_ms: Integer | None = None  # from when it is queued
+    request_id: str | None = None  # the answer's id ends in it
+    return_token_ids: bool | None = None
+    candidate_token_texts: list[str] | None = None  # tokens to be told the log probability of
 
     @property
     def has_usage_chunk(self) -> bool:
@@ -52,8 +60,28 @@ class GenerationBody(SamplingFields, kw_only=True):
 
     @property
     def num_candidates(self) -> int:
-        """Answers to compute; the best `num_choices` of them are returned."""
+        """Answers to compute to a prompt; the best `num_choices` of them are returned."""
         return self.num_choices
+
+    @property
+    def num_prompts(self) -> int:
+        return 1
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """How many of the most probable tokens are told of at each token; None: no logprobs."""
+        return None
+
+    @property
+    def echoes(self) -> bool:
+        """The answer begins with the prompt."""
+        return False
+
+    @property
+    def timeout_s(self) -> float | None:
+        if self.timeout_ms is None:
+            return None
+        return integer("timeout_ms", self.timeout_ms, 1, MAX_TIMEOUT_MS) / 1000
 
     def keep_state(self, default_ttl_s: float) -> StateOptions | None:
         """How the state at the end is to be filed, where one is asked for."""
@@ -78,15 +106,27 @@ class GenerationBody(SamplingFields, kw_only=True):
                 "send one of them",
                 "initial_state",
             )
-        if self.num_candidates > 1:
+        if self.num_prompts * self.num_candidates > 1:
             self._check_single()
+        num_top_logprobs = self.num_top_logprobs
+        if self.candidate_token_texts and num_top_logprobs is None:
+            raise invalid(
+                "'candidate_token_texts' goes with 'logprobs' only", "candidate_token_texts"
+            )
+        if self.request_id is not None and not REQUEST_ID.fullmatch(self.request_id):
+            raise invalid(
+                f"'request_id' = {self.request_id!r} must be 1 to 128 letters, digits or any of "
+                ". _ : -",
+                "request_id",
+            )
 
     def _check_single(self) -> None:
         for name in ("return_state", "resumable"):
             if getattr(self, name):
                 raise invalid(
-                    f"{name!r} works for one answer, and {self.num_candidates} are asked for; "
-                    "leave out 'n' and 'best_of' (afterwards, POST /v1/states with 'response' and "
+                    f"{name!r} works for one answer, and "
+                    f"{self.num_prompts * self.num_candidates} are asked for; send one prompt "
+                    "without 'n' and 'best_of' (afterwards, POST /v1/states with 'response' and "
                     "'choice' keeps the state of any answer)",
                     name,
                 )

@@ -36,6 +36,9 @@ MESSAGES: dict[str, tuple[object, ...]] = SHARED | {
     "return_state": (False,),
     "resumable": (False,),
     "resume": (),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "return_token_ids": (False,),
 }
 OBJECTS = ("tool_choice", "thinking", "output_config")
 

@@ -49,14 +49,15 @@ class MessageEncoder:
             PING,
         ]
 
-    def text(self, index: int, text: str) -> list[bytes]:
+    def piece(self, index: int, delta: OutputDelta) -> list[bytes]:
+        text = delta.text
         if self._strips_start:
             text = text.lstrip()
         if not text:
             return []
         self._strips_start = False
-        delta = {"type": "text_delta", "text": text}
-        return [_event("content_block_delta", index=0, delta=delta)]
+        added = {"type": "text_delta", "text": text}
+        return [_event("content_block_delta", index=0, delta=added)]
 
     def last(self, index: int, delta: OutputDelta) -> list[bytes]:
         self._end = delta

@@ -5,7 +5,7 @@ Knows the registry and prompts; nothing is submitted here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from api.errors import invalid
@@ -14,24 +14,34 @@ from api.registry import ModelRegistry, Replica
 from config.convert import did_you_mean
 from engine.types import StateInfo
 
-PromptFor = Callable[[Replica], Prompt]
+PromptsFor = Callable[[Replica], Sequence[Prompt]]
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
-    replica: Replica
+class PlacedPrompt:
     prompt: Prompt
     encoded: EncodedPrompt
 
 
-async def place(registry: ModelRegistry, model_name: str | None, prompt_for: PromptFor) -> Placed:
-    """Raises ApiError, and whatever `prompt_for` raises."""
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """One prompt or more, all for the same replica."""
+
+    replica: Replica
+    prompts: tuple[PlacedPrompt, ...]
+
+
+async def place(registry: ModelRegistry, model_name: str | None, prompts_for: PromptsFor) -> Placed:
+    """Raises ApiError, and whatever `prompts_for` raises."""
     while True:
         replica = registry.get(model_name)
-        prompt = prompt_for(replica)
-        encoded = await encode(prompt, replica.client.tokenizer)
+        prompts = prompts_for(replica)
+        placed = [
+            PlacedPrompt(prompt, await encode(prompt, replica.client.tokenizer))
+            for prompt in prompts
+        ]
         if registry.get(model_name) is replica:
-            return Placed(replica, prompt, encoded)
+            return Placed(replica, tuple(placed))
         # It was replaced meanwhile, maybe with another vocabulary.
 
 

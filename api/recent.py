@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from engine.output import first_bytes
 from engine.tokenizer import Tokenizer
-from engine.types import EngineRequest, FinishReason, OutputDelta
+from engine.types import EngineRequest, FinishReason, OutputDelta, SamplingParams
 
 MAX_NUM_RESPONSES = 1000
 MAX_NUM_TOKENS = 4_000_000  # 16 MB
@@ -39,12 +39,14 @@ class RecentResponses:
     ) -> None:
         self._max_num_responses = max_num_responses
         self._max_num_tokens = max_num_tokens
-        self._responses: OrderedDict[str, list[RecentResponse]] = OrderedDict()
+        self._responses: OrderedDict[tuple[str, str], list[RecentResponse]] = OrderedDict()
         self._num_tokens = 0
 
     def add(self, answer_id: str, choices: list[RecentResponse]) -> None:
-        assert answer_id not in self._responses, f"{answer_id} is answered twice"
-        self._responses[answer_id] = choices
+        """Of two answers that their owner has given the same id, the later one is known."""
+        key = choices[0].owner, answer_id
+        self._num_tokens -= _num_tokens(self._responses.pop(key, []))
+        self._responses[key] = choices
         self._num_tokens += _num_tokens(choices)
         while (
             len(self._responses) > self._max_num_responses
@@ -55,10 +57,9 @@ class RecentResponses:
 
     def get(self, owner: str, answer_id: str) -> list[RecentResponse] | None:
         """None where there is none of that id for this owner."""
-        choices = self._responses.get(answer_id)
-        if choices is None or choices[0].owner != owner:
-            return None
-        self._responses.move_to_end(answer_id)
+        choices = self._responses.get((owner, answer_id))
+        if choices is not None:
+            self._responses.move_to_end((owner, answer_id))
         return choices
 
 
@@ -66,31 +67,31 @@ def recent_response(
     request: EngineRequest, model_name: str, tokenizer: Tokenizer, answer: OutputDelta
 ) -> RecentResponse:
     """`answer` is the last delta, with the token ids of the whole answer."""
+    emitted = emitted_ids(tokenizer, answer, request.sampling)
     return RecentResponse(
         owner=request.owner,
         model_name=model_name,
         tokenizer_fingerprint=tokenizer.fingerprint,
-        token_ids=array("I", [*request.prompt_ids, *emitted_ids(tokenizer, answer)]),
+        token_ids=array("I", [*request.prompt_ids, *emitted]),
         state_id=request.state_id,
         initial_state=request.initial_state,
         cache_salt=request.cache_salt,
     )
 
 
-def emitted_ids(tokenizer: Tokenizer, answer: OutputDelta) -> Sequence[int]:
+def emitted_ids(
+    tokenizer: Tokenizer, answer: OutputDelta, sampling: SamplingParams
+) -> Sequence[int]:
     """The tokens of the text that a client was given: without what ended it.
 
     A token that is cut by the stop string is replaced by tokens of what is left of it.
     """
     ids = answer.token_ids
-    if answer.finish_reason is not FinishReason.STOP:
+    if answer.matched_stop is not None:
+        return first_bytes(tokenizer, ids, answer.num_text_bytes)
+    if answer.finish_reason is not FinishReason.STOP or sampling.includes_stop:
         return ids
-    if answer.matched_stop is None:
-        return ids[:-1]
-    # Generation ended at the first place where the stop string was complete.
-    text = b"".join(tokenizer.token_bytes(token_id) for token_id in ids)
-    left = text.index(answer.matched_stop.encode())
-    return first_bytes(tokenizer, ids, left)
+    return ids[:-1] if ids and ids[-1] in sampling.stop_token_ids else ids
 
 
 def _num_tokens(choices: Sequence[RecentResponse]) -> int:

@@ -40,6 +40,8 @@ RESPONSES: dict[str, tuple[object, ...]] = SHARED | {
     "return_state": (False,),
     "resumable": (False,),
     "resume": (),
+    "request_id": (),
+    "return_token_ids": (False,),
 }
 
 

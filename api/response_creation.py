@@ -27,7 +27,7 @@ from api.response_turn import Turn, turn_of
 from api.service import Service
 from api.states import FOR_EVER, StateFields
 from engine.errors import EngineError
-from engine.types import ModelInfo, OutputDelta, StateInfo
+from engine.types import EngineRequest, ModelInfo, OutputDelta, StateInfo
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +56,8 @@ async def create(service: Service, owner: str, body: ResponseBody) -> Created:
     if body.is_stored and max_num_states(service.registry.get(body.model).client.info):
         body.return_state = StateFields(label=f"response {response_id}")
     accepted, turn = await _queue(service, owner, body, item_objects, response_id)
-    assert accepted.request is not None, "responses resume nothing"
     encoder = ResponseEncoder(
-        response_object(body, accepted.head, accepted.request.sampling),
+        response_object(body, accepted.head, _only(accepted).sampling),
         _storing(service, owner, accepted, turn, items) if body.is_stored else _not_storing,
         strips_start=accepted.replica.table.template == "g1",
     )
@@ -102,11 +101,13 @@ async def _queue(
         body.state = turn.state_id
         body.initial_state = None if turn.state_id else turn.initial_state
 
-        def prompt_for(replica: Replica, base: StateInfo | None, turn: Turn = turn) -> Prompt:
-            return conversation_prompt("input", turn.messages, replica, base)
+        def prompts_for(
+            replica: Replica, base: StateInfo | None, turn: Turn = turn
+        ) -> list[Prompt]:
+            return [conversation_prompt("input", turn.messages, replica, base)]
 
         try:
-            return await queue(service, owner, body, prompt_for, response_id), turn
+            return await queue(service, owner, body, prompts_for, response_id), turn
         except ApiError as error:
             if error.code == "states_full" and body.return_state is not None:
                 body.return_state = None
@@ -117,8 +118,7 @@ async def _queue(
 
 def _storing(service: Service, owner: str, accepted: Accepted, turn: Turn, items: bytes) -> OnEnd:
     table, head = accepted.replica.table, accepted.head
-    assert accepted.request is not None, "responses resume nothing"
-    begun_with = accepted.request.initial_state
+    begun_with = _only(accepted).initial_state
 
     def store(response: ResponseObject, end: OutputDelta | None) -> None:
         is_endless = table.state_ttl_s == FOR_EVER
@@ -143,6 +143,12 @@ def _storing(service: Service, owner: str, accepted: Accepted, turn: Turn, items
     return store
 
 
+def _only(accepted: Accepted) -> EngineRequest:
+    """Responses have one answer and resume nothing."""
+    (request,) = accepted.requests
+    return request
+
+
 def _not_storing(response: ResponseObject, end: OutputDelta | None) -> None:
     """Of a response with `store` = false."""
 
@@ -151,7 +157,7 @@ async def _work(service: Service, created: Created, run: BackgroundResponse) -> 
     accepted = created.accepted
     try:
         answers = await run.answers.collect()
-        remember(service, accepted, answers)
+        remember(service, accepted, dict(enumerate(answers)))
         run.encoder.whole(answers, usage_for(accepted, answers))
     except AnswerFailed as failure:
         if run.is_cancelled:

@@ -52,7 +52,8 @@ class ResponseEncoder:
             self._part_event("response.content_part.added", part=output_part("")),
         ]
 
-    def text(self, index: int, text: str) -> list[bytes]:
+    def piece(self, index: int, delta: OutputDelta) -> list[bytes]:
+        text = delta.text
         if self._strips_start and not self._texts:
             text = text.lstrip()
         if not text:

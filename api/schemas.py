@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import msgspec
 import orjson
@@ -16,7 +16,7 @@ import orjson
 from api.chat import ROLE_OF_NAME, ChatMessage
 from api.errors import invalid
 from api.generation_body import MAX_NUM_CHOICES, GenerationBody
-from api.sampling import Integer, integer
+from api.sampling import MAX_TOKEN_ID, Integer, integer
 from api.unsupported import CHAT, COMPLETIONS, refuse_unsupported
 from config.convert import did_you_mean
 
@@ -24,7 +24,9 @@ BodyT = TypeVar("BodyT", bound=msgspec.Struct)
 GenerationT = TypeVar("GenerationT", bound=GenerationBody)
 
 PATH_OF_ERROR = re.compile(r"^(?P<what>.*) - at `\$\.?(?P<path>[^`]*)`$", re.DOTALL)
-MAX_TOKEN_ID = 2**31 - 1
+MAX_NUM_PROMPTS = 2048
+MAX_TOP_LOGPROBS_CHAT = 20
+MAX_TOP_LOGPROBS = 5
 
 PromptField = str | list[str | int | list[int]]
 
@@ -45,6 +47,15 @@ class ChatBody(GenerationBody, kw_only=True):
     """POST /v1/chat/completions."""
 
     messages: list[MessageBody] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Integer | None = None
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        count = integer("top_logprobs", self.top_logprobs or 0, 0, MAX_TOP_LOGPROBS_CHAT)
+        if count and not self.logprobs:
+            raise invalid("'top_logprobs' goes with 'logprobs': true only", "top_logprobs")
+        return count if self.logprobs else None
 
     def chat_messages(self) -> list[ChatMessage]:
         """The messages, checked; none only where a state goes on. Raises ApiError 400."""
@@ -56,8 +67,12 @@ class ChatBody(GenerationBody, kw_only=True):
 class CompletionBody(GenerationBody, kw_only=True):
     """POST /v1/completions."""
 
+    LEAST_MAX_TOKENS: ClassVar[int] = 0
+
     prompt: PromptField | None = None
     best_of: Integer | None = None
+    echo: bool | None = None
+    logprobs: Integer | None = None
 
     @property
     def num_candidates(self) -> int:
@@ -66,13 +81,31 @@ class CompletionBody(GenerationBody, kw_only=True):
         low = self.num_choices
         return integer("best_of", self.best_of, low, MAX_NUM_CHOICES, "'n' of them are returned")
 
-    def text_or_ids(self) -> str | tuple[int, ...]:
-        """The one prompt, as text or as token ids. Raises ApiError 400."""
+    @property
+    def num_prompts(self) -> int:
+        is_list = isinstance(self.prompt, list) and not is_ids(self.prompt)
+        return len(self.prompt or ()) if is_list else 1
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        if self.logprobs is None:
+            return None
+        return integer("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+
+    @property
+    def echoes(self) -> bool:
+        return self.echo or False
+
+    def prompts(self) -> list[str | tuple[int, ...]]:
+        """Texts or token ids, at least one. Raises ApiError 400."""
         if self.prompt is not None:
-            return text_or_ids(self.prompt)
+            return texts_or_ids(self.prompt)
         if self.state is None and self.resume is None:
-            raise invalid("'prompt' is missing: send a string or a list of token ids", "prompt")
-        return ""
+            raise invalid(
+                "'prompt' is missing: send a string or a list of token ids, or a list of these",
+                "prompt",
+            )
+        return [""]
 
     def check(self) -> None:
         super().check()
@@ -82,6 +115,12 @@ class CompletionBody(GenerationBody, kw_only=True):
                 "leave out 'stream', or ask for 'n' answers",
                 "best_of",
             )
+        if self.echo and self.resumable:
+            raise invalid(
+                "'echo' repeats the prompt, which an answer that is resumed does not know; leave "
+                "out 'echo' or 'resumable'",
+                "echo",
+            )
 
 
 def chat_messages(messages: Sequence[MessageBody]) -> list[ChatMessage]:
@@ -89,14 +128,28 @@ def chat_messages(messages: Sequence[MessageBody]) -> list[ChatMessage]:
     return [_message(index, message) for index, message in enumerate(messages)]
 
 
+def texts_or_ids(prompt: PromptField) -> list[str | tuple[int, ...]]:
+    """The prompts in any of their forms. Raises ApiError 400."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if is_ids(prompt):
+        return [_token_ids(prompt)]
+    if len(prompt) > MAX_NUM_PROMPTS:
+        raise invalid(f"'prompt' has {len(prompt)} prompts, at most {MAX_NUM_PROMPTS}", "prompt")
+    return [item if isinstance(item, str) else _token_ids(item) for item in prompt]
+
+
+def is_ids(prompt: Sequence[str | int | list[int]]) -> bool:
+    """It is meant as one prompt of token ids."""
+    return not prompt or isinstance(prompt[0], int)
+
+
 def text_or_ids(prompt: PromptField) -> str | tuple[int, ...]:
     """The one prompt in any of its forms. Raises ApiError 400."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1 and isinstance(prompt[0], str):
-        return prompt[0]
-    only = prompt[0] if len(prompt) == 1 else None
-    return _token_ids(only if isinstance(only, list) else prompt)
+    only, *others = texts_or_ids(prompt)
+    if others:
+        raise invalid(f"'prompt' has {1 + len(others)} prompts, must be one", "prompt")
+    return only
 
 
 class ReloadBody(msgspec.Struct, kw_only=True):
@@ -206,12 +259,12 @@ def _text(place: str, content: str | list[ContentPart] | None) -> str:
     return "\n".join(texts)
 
 
-def _token_ids(prompt: Sequence[str | int | list[int]]) -> tuple[int, ...]:
-    ids = tuple(item for item in prompt if isinstance(item, int))
-    if not ids or len(ids) != len(prompt):
+def _token_ids(prompt: int | Sequence[str | int | list[int]]) -> tuple[int, ...]:
+    items = () if isinstance(prompt, int) else prompt
+    ids = tuple(item for item in items if isinstance(item, int))
+    if not ids or len(ids) != len(items):
         raise invalid(
-            "'prompt' must be one string, or one non-empty list of token ids; several prompts in "
-            "one request are not supported yet: send one request each",
+            "'prompt' must be a string or a non-empty list of token ids, or a list of such prompts",
             "prompt",
         )
     outside = next((token for token in ids if not 0 <= token <= MAX_TOKEN_ID), None)

@@ -72,7 +72,7 @@ async def event_stream(
                 continue
             objects: list[bytes] = []
             for index, delta in found:
-                objects += encoder.text(index, delta.text)
+                objects += encoder.piece(index, delta)
                 if delta.finish_reason is None:
                     continue
                 if delta.finish_reason not in GOOD_ENDS:

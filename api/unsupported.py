@@ -14,17 +14,11 @@ from api.errors import invalid
 MAX_SHOWN_CHARS = 60
 
 SHARED: dict[str, tuple[object, ...]] = {
-    "logit_bias": ({},),
-    "candidate_token_texts": ([],),
-    "min_p": (0,),
     "typical_p": (1,),
-    "min_tokens": (0,),
-    "ignore_eos": (False,),
-    "stop_token_ids": ([],),
-    "include_stop_str_in_output": (False,),
-    "bad_words": ([],),
-    "allowed_token_ids": ([],),
     "prompt_logprobs": (),
+    "return_tokens_as_token_ids": (False,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
     "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
@@ -38,8 +32,7 @@ CHAT: dict[str, tuple[object, ...]] = SHARED | {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
+    "echo": (False,),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -50,9 +43,8 @@ CHAT: dict[str, tuple[object, ...]] = SHARED | {
     "continue_final_message": (False,),
 }
 COMPLETIONS: dict[str, tuple[object, ...]] = SHARED | {
-    "echo": (False,),
     "suffix": ("",),
-    "logprobs": (),
+    "top_logprobs": (0,),
     "response_format": ({"type": "text"},),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from blacksheep import Request, Response
 
 from api.chat import DEFAULT_STOPS, render
-from api.encode import ChatEncoder
+from api.encode_chat import ChatEncoder
 from api.generation import accept, respond
 from api.placement import follows_text
 from api.prompt import Prompt
@@ -22,7 +22,7 @@ def chat_routes(service: Service) -> list[Route]:
         body = parse_chat(await read_json(request))
         messages = body.chat_messages()
 
-        def prompt_for(replica: Replica, base: StateInfo | None) -> Prompt:
+        def prompts_for(replica: Replica, base: StateInfo | None) -> list[Prompt]:
             template = replica.table.template
             rendered = render(
                 messages,
@@ -30,20 +30,23 @@ def chat_routes(service: Service) -> list[Route]:
                 is_continuation=follows_text(base),
                 asks_answer=base is None or bool(messages),
             )
-            return Prompt(
+            prompt = Prompt(
                 "messages",
                 rendered.text,
                 DEFAULT_STOPS[template],
                 starts=rendered.starts,
                 is_continuation=base is not None,
             )
+            return [prompt]
 
-        accepted = await accept(service, request, body, prompt_for, "chatcmpl")
+        accepted = await accept(service, request, body, prompts_for, "chatcmpl")
         encoder = ChatEncoder(
             accepted.head,
             has_usage_chunk=body.has_usage_chunk,
             # Without a message the answer goes on in the middle, where white space counts.
             strips_start=bool(messages) and accepted.replica.table.template == "g1",
+            details=accepted.details(body),
+            prompt=accepted.prompts[0] if accepted.prompts else None,
         )
         return await respond(service, body, accepted, encoder)
 

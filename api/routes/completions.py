@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from blacksheep import Request, Response
 
-from api.encode import CompletionEncoder
+from api.encode_completion import CompletionEncoder
 from api.generation import accept, respond
 from api.prompt import Prompt
 from api.registry import Replica
@@ -18,17 +18,23 @@ from engine.types import StateInfo
 def completion_routes(service: Service) -> list[Route]:
     async def create_completion(request: Request) -> Response:
         body = parse_completion(await read_json(request))
-        content = body.text_or_ids()
+        contents = body.prompts()
 
-        def prompt_for(_: Replica, base: StateInfo | None) -> Prompt:
-            return Prompt("prompt", content, is_continuation=base is not None)
+        def prompts_for(_: Replica, base: StateInfo | None) -> list[Prompt]:
+            is_continuation = base is not None
+            return [
+                Prompt("prompt", content, is_continuation=is_continuation) for content in contents
+            ]
 
-        accepted = await accept(service, request, body, prompt_for, "cmpl")
-        asked = accepted.request
+        accepted = await accept(service, request, body, prompts_for, "cmpl")
+        requests = accepted.requests
         encoder = CompletionEncoder(
             accepted.head,
-            stops=() if asked is None else asked.sampling.stop,
+            stops=requests[0].sampling.stop if requests else (),
             has_usage_chunk=body.has_usage_chunk,
+            details=accepted.details(body),
+            prompts=accepted.prompts,
+            echoes=body.echoes,
         )
         return await respond(service, body, accepted, encoder)
 

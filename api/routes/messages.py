@@ -24,14 +24,14 @@ def message_routes(service: Service) -> list[Route]:
         body = parse_messages(await read_json(request))
         messages = body.chat_messages()
 
-        def prompt_for(replica: Replica, base: StateInfo | None) -> Prompt:
-            return _prompt(body, messages, replica)
+        def prompts_for(replica: Replica, base: StateInfo | None) -> list[Prompt]:
+            return [_prompt(body, messages, replica)]
 
-        accepted = await accept(service, request, body, prompt_for, "msg")
-        assert accepted.request is not None, "messages resume nothing"
+        accepted = await accept(service, request, body, prompts_for, "msg")
+        (only,) = accepted.requests  # messages resume nothing
         encoder = MessageEncoder(
             accepted.head,
-            len(accepted.request.prompt_ids),
+            len(only.prompt_ids),
             body.stops,
             strips_start=_asks_answer(messages) and accepted.replica.table.template == "g1",
         )
@@ -42,11 +42,11 @@ def message_routes(service: Service) -> list[Route]:
         body = parse_count(await read_json(request))
         messages = body.chat_messages()
 
-        def prompt_for(replica: Replica) -> Prompt:
-            return _prompt(body, messages, replica)
+        def prompts_for(replica: Replica) -> list[Prompt]:
+            return [_prompt(body, messages, replica)]
 
-        placed = await place(service.registry, body.model, prompt_for)
-        return json_response({"input_tokens": len(placed.encoded.ids)})
+        placed = await place(service.registry, body.model, prompts_for)
+        return json_response({"input_tokens": len(placed.prompts[0].encoded.ids)})
 
     return [
         Route("POST", "/v1/messages", create_message),

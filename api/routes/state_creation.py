@@ -35,13 +35,14 @@ def state_creation_routes(service: Service) -> list[Route]:
         query = query_of(request, ModelFields)
         model_name = _model_name(service, body.model or query.model, response)
 
-        def prompt_for(replica: Replica) -> Prompt:
+        def prompts_for(replica: Replica) -> list[Prompt]:
             if response is not None:
-                return _prompt_of_response(replica, response)
-            return _prompt_of_body(replica, owner, body)
+                return [_prompt_of_response(replica, response)]
+            return [_prompt_of_body(replica, owner, body)]
 
-        placed = await place(service.registry, model_name, prompt_for)
-        if body.state is not None and not placed.encoded.ids:
+        placed = await place(service.registry, model_name, prompts_for)
+        (only,) = placed.prompts
+        if body.state is not None and not only.encoded.ids:
             raise invalid(
                 "nothing is added to 'state'; POST /v1/states/{id}/fork gives it a second id",
                 "state",
@@ -51,7 +52,7 @@ def state_creation_routes(service: Service) -> list[Route]:
         try:
             stream = client.submit(asked)
         except EngineError as error:
-            raise from_engine(error, placed.prompt.field) from None
+            raise from_engine(error, only.prompt.field) from None
         lifetime_of(request).on_end(stream.close)
         end = await stream.collect()
         if end.finish_reason not in COMPLETE:
@@ -129,7 +130,7 @@ def _prompt_of_body(replica: Replica, owner: str, body: StateBody) -> Prompt:
 def _engine_request(
     placed: Placed, owner: str, body: StateBody, response: RecentResponse | None
 ) -> EngineRequest:
-    replica = placed.replica
+    replica, (only,) = placed.replica, placed.prompts
     if response is None:
         state_id, cache_salt = body.state, body.cache_salt or ""
         initial_state = initial_state_of(replica, body.initial_state, state_id)
@@ -138,10 +139,10 @@ def _engine_request(
         initial_state = response.initial_state
     return EngineRequest(
         request_id=f"state-{uuid.uuid4().hex}",
-        prompt_ids=placed.encoded.ids,
+        prompt_ids=only.encoded.ids,
         sampling=SamplingParams(max_tokens=0),
         cache_salt=cache_salt,
-        snapshot_hints=placed.encoded.hints,
+        snapshot_hints=only.encoded.hints,
         owner=owner,
         state_id=state_id,
         initial_state=initial_state,

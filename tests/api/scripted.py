@@ -3,6 +3,9 @@
 Token number i of every sequence (prompt included) is the i-th character of SCRIPT, so what a
 request must answer follows from the number of its prompt tokens alone. With `reads_seed` it is
 the character number i + seed, so that answers to one prompt differ.
+
+The log probability of a token that is drawn is -(seed % 5), that of a token of a prompt minus
+an eighth of its place; other tokens are each one less probable than the one before.
 """
 
 from __future__ import annotations
@@ -15,9 +18,9 @@ from pathlib import Path
 
 from config import ModelTable
 from engine.limits import limits_of
-from engine.plan import Row, StepPlan, StepResult
+from engine.plan import Row, Scores, StepPlan, StepResult
 from engine.tokenizer import Tokenizer
-from engine.types import ModelInfo, StatsSink
+from engine.types import ModelInfo, SamplingParams, StatsSink, TopLogprobs
 from tests.api.scripted_engine import Disk, ScriptedEngine
 
 SCRIPT = "Far out in the ocean, where the water is as blue as cornflowers, it is very deep. "
@@ -51,7 +54,7 @@ class ScriptedRunner:
         self.fail_next: str | None = None  # the next step fails its rows with this
         self.die_next: str | None = None  # the next step kills the engine
         self.reads_seed = False
-        self._seeds: dict[int, int] = {}  # by seat
+        self._sampling: dict[int, SamplingParams] = {}  # by seat
         self._plans: asyncio.Queue[StepPlan] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -87,7 +90,7 @@ class ScriptedRunner:
 
     def _result(self, plan: StepPlan) -> StepResult:
         rows = [row for row in plan.rows if row.sample]
-        self._seeds |= {start.seat: start.sampling.seed for start in plan.starts}
+        self._sampling |= {start.seat: start.sampling for start in plan.starts}
         tokens = tuple(self._token(row) for row in rows)
         failed, self.fail_next = self.fail_next, None
         died, self.die_next = self.die_next, None
@@ -97,11 +100,36 @@ class ScriptedRunner:
             duration_s=self.delay_s,
             error=died or failed,
             is_fatal=died is not None,
+            logprobs=tuple(-float(self._sampling[row.seat].seed % 5) for row in rows),
+            tops=tuple(
+                tops_of(self._sampling[row.seat], token, -float(self._sampling[row.seat].seed % 5))
+                for row, token in zip(rows, tokens, strict=True)
+            ),
+            scores=() if died or failed else tuple(map(self._scores, filter(_targets, plan.rows))),
         )
 
+    def _scores(self, row: Row) -> Scores:
+        assert row.targets is not None
+        begin, token_ids = row.targets
+        places = range(row.position + begin + 1, row.position + begin + 1 + len(token_ids))
+        logprobs = tuple(-place / 8 for place in places)
+        tops = map(tops_of, [self._sampling[row.seat]] * len(token_ids), token_ids, logprobs)
+        return Scores(logprobs, tuple(tops))
+
     def _token(self, row: Row) -> int:
-        seed = self._seeds[row.seat] if self.reads_seed else 0
+        seed = self._sampling[row.seat].seed if self.reads_seed else 0
         return 1 + ord(SCRIPT[(row.position + row.num_tokens + seed) % len(SCRIPT)])
+
+
+def _targets(row: Row) -> bool:
+    return row.targets is not None
+
+
+def tops_of(params: SamplingParams, token: int, logprob: float) -> TopLogprobs:
+    """The token, then its neighbours in the vocabulary, then the candidates."""
+    ids = [(token + i - 1) % 256 + 1 for i in range(params.num_top_logprobs)]
+    most = [(other, logprob - i) for i, other in enumerate(ids)]
+    return (*most, *((other, -50.0) for other in params.candidate_token_ids))
 
 
 class ScriptedBuilder:

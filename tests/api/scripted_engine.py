@@ -155,7 +155,7 @@ class ScriptedEngine(EngineCore):
         ids = (*base, *request.prompt_ids)
         if not ids:
             raise InvalidRequest("prompt_ids is empty", "prompt_ids")
-        if request.sampling.max_tokens == 0:
+        if request.sampling.max_tokens == 0 and request.keep_state is not None:
             return self._submit_prompt_only(request, base, ids)
         return self._submit_inner(request, base, ids, ())
 
@@ -192,13 +192,12 @@ class ScriptedEngine(EngineCore):
         self, request: EngineRequest, base: Ids, ids: Ids, output_ids: Ids
     ) -> RequestStream:
         """The core knows neither states nor suspending; its deltas are translated."""
-        sampling = request.sampling
+        sampling, scores_from = request.sampling, request.scores_from
         inner = replace(
             request,
             prompt_ids=(*ids, *output_ids),
-            sampling=replace(
-                sampling, max_tokens=sampling.max_tokens - len(output_ids), has_logprobs=False
-            ),
+            sampling=replace(sampling, max_tokens=sampling.max_tokens - len(output_ids)),
+            scores_from=None if scores_from is None else len(base) + max(scores_from, 1),
             snapshot_hints=(),
             state_id=None,
             initial_state=None,
@@ -229,9 +228,6 @@ class ScriptedEngine(EngineCore):
                 num_state_tokens=len(base),
                 num_output_tokens=len(output_ids) + delta.num_output_tokens,
             )
-            if request.sampling.has_logprobs:
-                logprob = -float(request.sampling.seed % 5)
-                delta = replace(delta, logprobs=(logprob,) * len(delta.token_ids))
             if delta.finish_reason is not None:
                 delta = self._end_of(request, ids, tuple(drawn), delta)
             put(delta)

@@ -113,13 +113,19 @@ def test_best_have_the_highest_mean_log_probability():
         return OutputDelta(text=str(logprobs), logprobs=logprobs)
 
     short, long, poor, empty = answer(-1.0), answer(-0.5, -0.7, -0.6), answer(-3.0, -0.1), answer()
-    assert best([empty, short, poor, long], 4) == [long, short, poor, empty]
-    assert best([poor, long, short], 1) == [long]
+    assert best([empty, short, poor, long, poor], 5, 4) == [3, 1, 2, 4]
+    assert best([poor, long, short], 3, 1) == [1]
+
+
+def test_best_are_chosen_for_each_prompt():
+    answers = [OutputDelta(logprobs=(value,)) for value in (-3.0, -1.0, -2.0, -5.0, -6.0, -4.0)]
+    assert best(answers, 3, 2) == [1, 2, 5, 3]
+    assert best(answers, 3, 3) == [0, 1, 2, 3, 4, 5], "all of them stay in order"
 
 
 def test_best_of_equals_is_the_first():
     same = [OutputDelta(text=name, logprobs=(-1.0,)) for name in "abc"]
-    assert best(same, 2) == same[:2]
+    assert best(same, 3, 2) == [0, 1]
 
 
 async def test_abandoned_answers_give_the_states_that_nobody_will_read_of():

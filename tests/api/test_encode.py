@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from api.encode import AnswerHead, ChatEncoder, CompletionEncoder, Encoder
+from api.encode import AnswerHead, Encoder
+from api.encode_chat import ChatEncoder
+from api.encode_completion import CompletionEncoder
 from engine.types import FinishReason, OutputDelta, StateInfo
 
 STATE = StateInfo(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from api.recent import RecentResponse, RecentResponses, emitted_ids
 from engine.output import TextOutput
-from engine.types import FinishReason, OutputDelta
+from engine.types import FinishReason, OutputDelta, SamplingParams
 from tests.api.test_prompt import TOKENIZER
 
 
@@ -62,15 +62,16 @@ WRITTEN_IDS = [*(1 + byte for byte in b"ab\nUser:"), *range(257, TOKENIZER.vocab
     ids=st.lists(st.sampled_from(WRITTEN_IDS), min_size=1, max_size=20),
     stop_at=st.tuples(st.integers(0, 60), st.integers(1, 8)),
     other_stops=st.lists(st.text(alphabet="ab\n:", min_size=1, max_size=3), max_size=2),
+    includes_stop=st.booleans(),
 )
 def test_emitted_tokens_spell_the_text_that_was_given(
-    ids: list[int], stop_at: tuple[int, int], other_stops: list[str]
+    ids: list[int], stop_at: tuple[int, int], other_stops: list[str], includes_stop: bool
 ):
     """Against the engine's own output."""
     start, length = stop_at
     whole = TOKENIZER.decode(ids)
     stop = whole[start % len(whole) :][:length]
-    output = TextOutput(TOKENIZER, (stop, *other_stops))
+    output = TextOutput(TOKENIZER, (stop, *other_stops), includes_stop=includes_stop)
     text, drawn = "", []
     for token_id in ids:
         text += output.push(token_id)
@@ -83,8 +84,9 @@ def test_emitted_tokens_spell_the_text_that_was_given(
         token_ids=tuple(drawn),
         finish_reason=FinishReason.STOP,
         matched_stop=output.matched_stop,
+        num_text_bytes=output.num_emitted_bytes,
     )
-    emitted = emitted_ids(TOKENIZER, answer)
+    emitted = emitted_ids(TOKENIZER, answer, SamplingParams(includes_stop=includes_stop))
     assert TOKENIZER.decode(emitted) == text
     num_same = max(len(emitted) - 8, 0)  # of a cut token come at most eight others
     assert list(emitted[:num_same]) == drawn[:num_same]
@@ -95,5 +97,20 @@ def test_emitted_tokens_spell_the_text_that_was_given(
     [(FinishReason.STOP, (5, 6)), (FinishReason.LENGTH, (5, 6, 0))],
 )
 def test_stop_token_is_no_part_of_the_answer(reason: FinishReason, expected: tuple[int, ...]):
-    answer = OutputDelta(token_ids=(5, 6, 0), finish_reason=reason)
-    assert tuple(emitted_ids(TOKENIZER, answer)) == expected
+    answer = OutputDelta(token_ids=(5, 6, 0), finish_reason=reason, num_text_bytes=2)
+    assert tuple(emitted_ids(TOKENIZER, answer, SamplingParams())) == expected
+
+
+def test_an_answer_that_ended_without_a_stop_token_keeps_its_last_one():
+    """Everything was forbidden: no token says so."""
+    answer = OutputDelta(token_ids=(5, 6), finish_reason=FinishReason.STOP, num_text_bytes=2)
+    assert tuple(emitted_ids(TOKENIZER, answer, SamplingParams())) == (5, 6)
+
+
+def test_of_two_answers_with_one_id_the_later_one_is_known():
+    recent = RecentResponses(max_num_tokens=10)
+    recent.add("a", [response(4)])
+    recent.add("a", [response(7, "you")])
+    recent.add("a", [response(3)])
+    assert [len(one.token_ids) for one in recent.get("me", "a") or []] == [3]
+    assert [len(one.token_ids) for one in recent.get("you", "a") or []] == [7]

@@ -8,7 +8,7 @@ import pytest
 
 from api.chat import ChatMessage
 from api.errors import ApiError
-from api.schemas import ChatBody, parse_chat, parse_completion
+from api.schemas import ChatBody, CompletionBody, parse_chat, parse_completion
 from engine.types import SamplingParams
 
 # As printed in rwkv-rs, examples/rwkv-lm/README.md.
@@ -36,6 +36,10 @@ def chat(**fields: object) -> ChatBody:
     return parse_chat(json.dumps({"model": "m", "messages": messages, **fields}).encode())
 
 
+def completion(**fields: object) -> CompletionBody:
+    return parse_completion(json.dumps({"model": "m", "prompt": "hi", **fields}).encode())
+
+
 def params(**fields: object) -> SamplingParams:
     return chat(**fields).to_params()
 
@@ -45,6 +49,7 @@ def refusal(**fields: object) -> ApiError:
         body = chat(**fields)
         body.chat_messages()
         body.to_params()
+        _ = body.timeout_s
 
     with pytest.raises(ApiError) as caught:
         check()
@@ -109,6 +114,71 @@ def test_stop_is_one_string_or_several():
     assert chat().to_params(("default",)).stop == ("default",)
 
 
+def test_constraints_are_understood_field_by_field():
+    sampling = params(
+        min_p=0.05,
+        min_tokens=3,
+        stop_token_ids=[5, 0, 5],
+        include_stop_str_in_output=True,
+        logit_bias={"17": -100, "0": 2.5},
+        allowed_token_ids=[9, 8, 9],
+        bad_words=["ab", "c", "ab"],
+    )
+    assert sampling == SamplingParams(
+        min_p=0.05,
+        min_tokens=3,
+        stop_token_ids=(0, 5),
+        includes_stop=True,
+        logit_bias=((17, -100.0), (0, 2.5)),
+        allowed_token_ids=(9, 8),
+        bad_words=("ab", "c"),
+        seed=sampling.seed,
+    )
+
+
+def test_end_of_the_document_may_be_ignored():
+    assert params(ignore_eos=True).stop_token_ids == ()
+    assert params(ignore_eos=True, stop_token_ids=[7]).stop_token_ids == (7,)
+    assert params(ignore_eos=False).stop_token_ids == (0,)
+
+
+def test_logprobs_are_asked_for_in_each_protocol_s_own_way():
+    assert chat().num_top_logprobs is None
+    assert chat(logprobs=False, top_logprobs=0).num_top_logprobs is None
+    assert chat(logprobs=True).num_top_logprobs == 0
+    assert chat(logprobs=True, top_logprobs=20).num_top_logprobs == 20
+    assert completion().num_top_logprobs is None
+    assert completion(logprobs=0).num_top_logprobs == 0
+    assert completion(logprobs=5.0).num_top_logprobs == 5
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("logprobs", 6), ("logprobs", -1), ("logprobs", True), ("logprobs", 1.5), ("max_tokens", -1)],
+)
+def test_completions_have_ranges_of_their_own(field: str, value: object):
+    with pytest.raises(ApiError) as caught:
+        completion(**{field: value}).to_params()
+    assert caught.value.param == field
+
+
+def test_completions_may_ask_for_no_token():
+    assert completion(max_tokens=0).to_params().max_tokens == 0
+
+
+def test_echo_is_refused_where_it_could_not_be_repeated():
+    with pytest.raises(ApiError) as caught:
+        completion(echo=True, resumable=True)
+    assert caught.value.param == "echo"
+
+
+@pytest.mark.parametrize("name", ["return_state", "resumable"])
+def test_what_works_for_one_answer_is_refused_for_several_prompts(name: str):
+    with pytest.raises(ApiError) as caught:
+        completion(prompt=["a", "b"], **{name: True})
+    assert caught.value.param == name
+
+
 @pytest.mark.parametrize("temperature", [0, 0.001, 1000])
 def test_temperatures_at_the_borders(temperature: float):
     assert params(temperature=temperature).temperature == temperature
@@ -139,6 +209,42 @@ def test_temperatures_at_the_borders(temperature: float):
         ("seed", 1.5),
         ("seed", "abc"),
         ("stream", "yes"),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("min_p", True),
+        ("min_tokens", -1),
+        ("min_tokens", 257),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", [2**31]),
+        ("stop_token_ids", [1] * 1025),
+        ("logit_bias", {"1": 101}),
+        ("logit_bias", {"1": -100.5}),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"01": 1}),
+        ("logit_bias", {"1.0": 1}),
+        ("logit_bias", {"٣": 1}),
+        ("logit_bias", {"9999999999": 1}),
+        ("logit_bias", {"1" * 5000: 1}),
+        ("logit_bias", [1]),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [-1]),
+        ("bad_words", [""]),
+        ("bad_words", ["x" * 257]),
+        ("bad_words", ["x"] * 129),
+        ("bad_words", "x"),
+        ("ignore_eos", 1),
+        ("include_stop_str_in_output", "no"),
+        ("logprobs", 1),
+        ("top_logprobs", 21),
+        ("top_logprobs", 1),
+        ("candidate_token_texts", ["x"]),
+        ("timeout_ms", 0),
+        ("timeout_ms", 2**31),
+        ("request_id", ""),
+        ("request_id", "a/b"),
+        ("request_id", "x" * 129),
+        ("request_id", "a\n"),
         ("messages", []),
         ("messages", None),
         ("messages", "hi"),
@@ -191,15 +297,12 @@ def test_messages_in_every_accepted_form():
         ("tool_choice", "required"),
         ("functions", [{}]),
         ("response_format", {"type": "json_object"}),
-        ("logprobs", True),
-        ("top_logprobs", 3),
-        ("logit_bias", {"1": 5}),
-        ("min_p", 0.1),
-        ("ignore_eos", True),
-        ("stop_token_ids", [1]),
         ("reasoning_effort", "low"),
         ("chat_template_kwargs", {"enable_thinking": True}),
         ("modalities", ["text", "audio"]),
+        ("prompt_logprobs", 1),
+        ("echo", True),
+        ("use_beam_search", True),
     ],
 )
 def test_what_is_not_there_yet_is_refused_and_not_dropped(field: str, value: object):
@@ -232,16 +335,20 @@ def test_what_asks_for_nothing_passes(field: str, value: object):
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [
-        ("text", "text"),
-        ("", ""),
-        (["one"], "one"),
-        ([1, 2], (1, 2)),
-        ([[1, 2]], (1, 2)),
+        ("text", ["text"]),
+        ("", [""]),
+        (["one"], ["one"]),
+        (["one", "two"], ["one", "two"]),
+        ([1, 2], [(1, 2)]),
+        ([[1, 2]], [(1, 2)]),
+        ([[1, 2], [3]], [(1, 2), (3,)]),
+        (["one", [3]], ["one", (3,)]),
     ],
 )
 def test_prompts_in_every_accepted_form(prompt: object, expected: object):
     body = parse_completion(json.dumps({"model": "m", "prompt": prompt}).encode())
-    assert body.text_or_ids() == expected
+    assert body.prompts() == expected
+    assert body.num_prompts == len(body.prompts())
 
 
 @pytest.mark.parametrize(
@@ -251,8 +358,9 @@ def test_prompts_in_every_accepted_form(prompt: object, expected: object):
         {"prompt": None},
         {"prompt": []},
         {"prompt": [[]]},
-        {"prompt": ["a", "b"]},
-        {"prompt": [[1], [2]]},
+        {"prompt": ["a", 1]},
+        {"prompt": [[1], []]},
+        {"prompt": ["a"] * 2049},
         {"prompt": [1, "a"]},
         {"prompt": [-1]},
         {"prompt": [2**40]},
@@ -262,12 +370,12 @@ def test_prompts_in_every_accepted_form(prompt: object, expected: object):
 )
 def test_other_prompts_are_refused(fields: dict[str, object]):
     with pytest.raises(ApiError) as caught:
-        parse_completion(json.dumps({"model": "m", **fields}).encode()).text_or_ids()
+        parse_completion(json.dumps({"model": "m", **fields}).encode()).prompts()
     assert caught.value.status == 400
     assert (caught.value.param or "").startswith("prompt")
 
 
-@pytest.mark.parametrize(("field", "value"), [("echo", True), ("suffix", "x"), ("logprobs", 0)])
+@pytest.mark.parametrize(("field", "value"), [("suffix", "x"), ("top_logprobs", 2)])
 def test_completions_refuse_their_own_unsupported_fields(field: str, value: object):
     with pytest.raises(ApiError) as caught:
         parse_completion(json.dumps({"model": "m", "prompt": "x", field: value}).encode())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from api.answers import Answers
-from api.encode import AnswerHead, CompletionEncoder
+from api.encode import AnswerHead
+from api.encode_completion import CompletionEncoder
 from api.errors import ApiError
 from api.sse import DONE, KEEP_ALIVE, event_stream
 from engine.client import RequestStream
@@ -37,7 +38,7 @@ async def test_crash_while_encoding_is_told_and_ends_all(caplog):
     aborted: list[str] = []
     streams = [RequestStream(f"r-{i}", aborted.append) for i in range(2)]
     encoder = CompletionEncoder(HEAD)
-    encoder.text = lambda *_: 1 // 0  # type: ignore[method-assign]
+    encoder.piece = lambda *_: 1 // 0  # type: ignore[method-assign]
     pieces = event_stream(Answers(streams), encoder, failure, never_finished, 1)
     streams[0].put(OutputDelta(text="x"))
     (piece,) = [piece async for piece in pieces]

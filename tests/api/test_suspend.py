@@ -56,6 +56,22 @@ def parts(reply: Reply, is_stream: bool) -> tuple[str, dict]:
     return "".join(event["choices"][0]["text"] for event in events), events[-1]
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_logprobs_go_on_where_they_were_suspended(tmp_path: Path, is_stream: bool):
+    async with running(tmp_path, model_table(**TABLE), delay_s=0.005) as server:
+        body = BODY | {"logprobs": 2, "seed": 3, "stream": is_stream, "stop": "nothing"}
+        asked = asyncio.create_task(server.post("/v1/completions", body))
+        first = await stop_and_start(server, asked)
+        _, last = parts(first, is_stream)
+        again = {"model": "m", "resume": last["resume"]["id"], "stream": is_stream}
+        rest = await server.post("/v1/completions", again)
+    answers = [*first.events(), *rest.events()] if is_stream else [first.json(), rest.json()]
+    told = [answer["choices"][0]["logprobs"] for answer in answers]
+    tokens = [token for one in told if one is not None for token in one["tokens"]]
+    assert "".join(tokens) == recited(3, 60)
+    assert all(len(top) == 2 for one in told if one is not None for top in one["top_logprobs"])
+
+
 async def test_chat_is_suspended_too_and_keeps_its_white_space(tmp_path: Path):
     async with running(tmp_path, model_table(**TABLE), delay_s=0.005) as server:
         asked = asyncio.create_task(server.chat(max_tokens=60, resumable=True))
@@ -151,7 +167,7 @@ def test_what_changes_nothing_passes(fields: dict[str, object]):
 
 
 def test_completion_needs_no_prompt_to_resume():
-    assert parse_completion(b'{"resume": "r", "prompt": ""}').text_or_ids() == ""
+    assert parse_completion(b'{"resume": "r", "prompt": ""}').prompts() == [""]
     with pytest.raises(ApiError) as caught:
         parse_completion(b'{"resume": "r", "prompt": "x"}')
     assert caught.value.param == "prompt"
