@@ -136,12 +136,16 @@ def whole_answer(
 
 
 def usage_of(
-    answers: Sequence[OutputDelta], num_per_prompt: int = 1, reported_context_len: int = 0
+    answers: Sequence[OutputDelta],
+    num_per_prompt: int = 1,
+    reported_context_len: int = 0,
+    num_reasoning_tokens: int | None = None,
 ) -> Usage:
     """OpenAI's usage object for all answers, `num_per_prompt` to each prompt, which counts once.
 
     The begin-of-document token counts as a prompt token, the tokens of a continued state do not.
     Beyond `reported_context_len` tokens of state, prompt and answer it says so; 0 = never.
+    `num_reasoning_tokens` are those of all thoughts; None where there are no chat messages.
     """
     firsts = answers[::num_per_prompt]
     num_prompt_tokens = sum(first.num_prompt_tokens for first in firsts)
@@ -155,6 +159,8 @@ def usage_of(
         "total_tokens": num_prompt_tokens + num_output_tokens,
         "prompt_tokens_details": details,
     }
+    if num_reasoning_tokens is not None:
+        usage["completion_tokens_details"] = {"reasoning_tokens": num_reasoning_tokens}
     if any(_context_len(answer) > reported_context_len > 0 for answer in answers):
         usage["context_exceeded"] = True
     return usage

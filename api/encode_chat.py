@@ -8,15 +8,15 @@ import orjson
 
 from api.encode import AnswerHead, ChoicePrompt, ChunkFrame, Details, Usage, whole_answer
 from api.logprobs import ChatLogprobs
+from api.message import AnswerForm, Content, MessageReader, Part, Reasoning
 from engine.types import OutputDelta
 
 CHUNK = "chat.completion.chunk"
 
 
 class ChatEncoder:
-    """With `strips_start`, white space before the first word is dropped: the prompt ends in
-    "Assistant:", so the answer begins with the space after the colon. (It stays in the tokens
-    that log probabilities are told of.)
+    """`form` says what the answers may hold. Log probabilities are told of all tokens, also of
+    those whose text belongs to the form.
 
     `prompt` is needed for token ids.
     """
@@ -26,13 +26,13 @@ class ChatEncoder:
         head: AnswerHead,
         *,
         has_usage_chunk: bool = False,
-        strips_start: bool = False,
+        form: AnswerForm = AnswerForm(),  # noqa: B008 (frozen)
         details: Details | None = None,
         prompt: ChoicePrompt | None = None,
     ) -> None:
         self._head = head
         self._frame = ChunkFrame(head, CHUNK, has_usage_chunk)
-        self._unbegun = set(range(head.num_choices)) if strips_start else set()
+        self._readers = [MessageReader(form) for _ in range(head.num_choices)]
         details = details or Details()
         self._has_token_ids = details.has_token_ids
         tokenizer = details.logprobs_by
@@ -54,30 +54,26 @@ class ChatEncoder:
         return chunks
 
     def piece(self, index: int, delta: OutputDelta) -> list[bytes]:
-        text = self._text(index, delta)
+        deltas = [_delta(part) for part in self._readers[index].feed(delta.text)]
         if self._logprobs is None and not self._has_token_ids:
-            if not text:
-                return []
-            fast = b'{"index":%d,"delta":{"content":%b},"logprobs":null,"finish_reason":null}'
-            return [self._frame.around(fast % (index, orjson.dumps(text)))]
-        if not text and not delta.token_ids:
+            return [self._chunk(index, one) for one in deltas]
+        if not deltas and not delta.token_ids:
             return []
-        choice: dict[str, object] = {
-            "index": index,
-            "delta": {"content": text},
-            "finish_reason": None,
-        }
-        return [self._frame.around(orjson.dumps(choice | self._details(index, delta)))]
+        first, *others = deltas or [b'{"content":""}']
+        details = orjson.dumps(self._details(index, delta))
+        choice = b'{"index":%d,"delta":%b,"finish_reason":null,%b' % (index, first, details[1:])
+        return [self._frame.around(choice), *(self._chunk(index, one) for one in others)]
 
     def last(self, index: int, delta: OutputDelta) -> list[bytes]:
         assert delta.finish_reason is not None, "not the last delta"
+        held = [self._chunk(index, _delta(part)) for part in self._readers[index].finish()]
         choice: dict[str, object] = {
             "index": index,
             "delta": {},
             "logprobs": None,
             "finish_reason": delta.finish_reason,
         }
-        return [self._frame.around_last(choice, delta)]
+        return [*held, self._frame.around_last(choice, delta)]
 
     def end(self, usage: Usage) -> list[bytes]:
         return self._frame.end(usage)
@@ -87,21 +83,17 @@ class ChatEncoder:
         return whole_answer(self._head, "chat.completion", choices, deltas, usage, self._beside)
 
     def _choice(self, index: int, delta: OutputDelta) -> dict[str, object]:
-        message = {"role": "assistant", "content": self._text(index, delta), "refusal": None}
+        reader = self._readers[index]
         return {
             "index": index,
-            "message": message,
+            "message": chat_message(reader.feed(delta.text) + reader.finish()),
             **self._details(index, delta),
             "finish_reason": delta.finish_reason,
         }
 
-    def _text(self, index: int, delta: OutputDelta) -> str:
-        if index not in self._unbegun:
-            return delta.text
-        text = delta.text.lstrip()
-        if text:
-            self._unbegun.discard(index)
-        return text
+    def _chunk(self, index: int, delta: bytes) -> bytes:
+        choice = b'{"index":%d,"delta":%b,"logprobs":null,"finish_reason":null}'
+        return self._frame.around(choice % (index, delta))
 
     def _details(self, index: int, delta: OutputDelta) -> dict[str, object]:
         logprobs = None if self._logprobs is None else self._logprobs[index].answer(delta)
@@ -109,3 +101,21 @@ class ChatEncoder:
         if self._has_token_ids:
             fields["token_ids"] = delta.token_ids
         return fields
+
+
+def chat_message(parts: Sequence[Part]) -> dict[str, object]:
+    """The message of a whole answer. A thought has two names, as with vLLM, old and new."""
+    content = "".join(part.text for part in parts if isinstance(part, Content))
+    reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
+    message: dict[str, object] = {"role": "assistant", "content": content, "refusal": None}
+    if reasoning:
+        message |= {"reasoning_content": reasoning, "reasoning": reasoning}
+    return message
+
+
+def _delta(part: Part) -> bytes:
+    """As the delta of a chunk."""
+    text = orjson.dumps(part.text)
+    if isinstance(part, Content):
+        return b'{"content":%b}' % text
+    return b'{"reasoning_content":%b,"reasoning":%b}' % (text, text)

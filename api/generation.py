@@ -18,6 +18,7 @@ from api.engine_request import check_room, choice_prompts, engine_requests
 from api.errors import ApiError, draining, from_engine, timed_out
 from api.generation_body import GenerationBody
 from api.lifetime import lifetime_of
+from api.message import AnswerForm, num_reasoning_tokens
 from api.placement import Placed, place
 from api.prompt import Prompt
 from api.recent import recent_response
@@ -51,6 +52,7 @@ class Accepted:
     requests: tuple[EngineRequest, ...] = ()
     prompts: tuple[ChoicePrompt, ...] = ()  # one per choice
     num_candidates: int = 1  # to each prompt
+    form: AnswerForm | None = None  # of a chat's answers
 
     def details(self, body: GenerationBody) -> Details:
         """What the encoder is to tell of each choice; of a resumed one, what was asked for once."""
@@ -87,6 +89,7 @@ async def queue(
         raise draining()
     requests: list[EngineRequest] = []
     prompts: list[ChoicePrompt] = []
+    form = None
     if body.resume is not None:
         replica = service.registry.get(body.model)
         streams = [_resumed(replica.client, body.resume, owner, answer_id)]
@@ -101,6 +104,7 @@ async def queue(
         requests = engine_requests(body, placed, owner, answer_id)
         streams = _submit(placed, requests)
         prompts = choice_prompts(placed, body.num_choices)
+        form = placed.prompts[0].prompt.form
     num_candidates = body.num_candidates
     head = AnswerHead(
         answer_id=answer_id,
@@ -111,7 +115,7 @@ async def queue(
         returns_state=any(request.keep_state is not None for request in requests),
     )
     answers = Answers(streams)
-    return Accepted(head, replica, answers, tuple(requests), tuple(prompts), num_candidates)
+    return Accepted(head, replica, answers, tuple(requests), tuple(prompts), num_candidates, form)
 
 
 async def respond(
@@ -201,9 +205,14 @@ def _resumed(client: EngineClient, resume_id: str, owner: str, request_id: str) 
 def usage_for(accepted: Accepted, candidates: Sequence[OutputDelta]) -> Usage:
     """The usage of all answers that were computed, which are complete."""
     table = accepted.replica.table
-    reports = table.context_policy == "report"
-    most = table.max_context_len if reports else 0
-    return usage_of(candidates, accepted.num_candidates, most)
+    context_len = table.max_context_len if table.context_policy == "report" else 0
+    tokenizer, form = accepted.replica.client.tokenizer, accepted.form
+    num_reasoning = None
+    if form is not None:
+        num_reasoning = sum(
+            num_reasoning_tokens(form, tokenizer, answer.token_ids) for answer in candidates
+        )
+    return usage_of(candidates, accepted.num_candidates, context_len, num_reasoning)
 
 
 def remember(service: Service, accepted: Accepted, chosen: Mapping[int, OutputDelta]) -> None:

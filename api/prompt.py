@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from api.message import AnswerForm
 from engine.tokenizer import Tokenizer
 
 BEGIN_OF_DOCUMENT = 0
@@ -26,6 +27,7 @@ class Prompt:
     default_stop: Sequence[str] = ()
     starts: Sequence[int] = ()
     is_continuation: bool = False  # of a state: the document has begun
+    form: AnswerForm | None = None  # of the answer to a chat
 
 
 @dataclass(frozen=True, slots=True)

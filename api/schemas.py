@@ -17,6 +17,7 @@ from api.chat import ROLE_OF_NAME, ChatMessage
 from api.errors import invalid
 from api.generation_body import MAX_NUM_CHOICES, GenerationBody
 from api.sampling import MAX_TOKEN_ID, Integer, integer
+from api.thinking import ThinkingFields
 from api.unsupported import CHAT, COMPLETIONS, refuse_unsupported
 from config.convert import did_you_mean
 
@@ -43,12 +44,24 @@ class MessageBody(msgspec.Struct, kw_only=True):
     tool_call_id: str | None = None
 
 
-class ChatBody(GenerationBody, kw_only=True):
+class ChatBody(ThinkingFields, kw_only=True):
     """POST /v1/chat/completions."""
 
     messages: list[MessageBody] | None = None
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    @property
+    def asks_answer(self) -> bool:
+        """Whether the prompt ends where the assistant begins to speak."""
+        return not self.continues_last and self.add_generation_prompt is not False
+
+    @property
+    def continues_last(self) -> bool:
+        """Whether the answer goes on with the last message."""
+        return self.continue_final_message is True
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -56,6 +69,24 @@ class ChatBody(GenerationBody, kw_only=True):
         if count and not self.logprobs:
             raise invalid("'top_logprobs' goes with 'logprobs': true only", "top_logprobs")
         return count if self.logprobs else None
+
+    def check(self) -> None:
+        super().check()
+        if not self.continues_last:
+            return
+        if self.add_generation_prompt:
+            raise invalid(
+                "'continue_final_message' and 'add_generation_prompt' exclude each other; send one "
+                "of them",
+                "continue_final_message",
+            )
+        last = self.messages[-1] if self.messages else None
+        if last is None or last.role.strip().lower() != "assistant":
+            raise invalid(
+                "'continue_final_message' goes on with an answer, so the last of 'messages' must "
+                "have the role assistant",
+                "continue_final_message",
+            )
 
     def chat_messages(self) -> list[ChatMessage]:
         """The messages, checked; none only where a state goes on. Raises ApiError 400."""

@@ -37,10 +37,6 @@ CHAT: dict[str, tuple[object, ...]] = SHARED | {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "reasoning_effort": ("none",),
-    "chat_template_kwargs": ({}, {"enable_thinking": False}),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
 }
 COMPLETIONS: dict[str, tuple[object, ...]] = SHARED | {
     "suffix": ("",),

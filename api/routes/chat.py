@@ -7,6 +7,7 @@ from blacksheep import Request, Response
 from api.chat import DEFAULT_STOPS, render
 from api.encode_chat import ChatEncoder
 from api.generation import accept, respond
+from api.message import AnswerForm
 from api.placement import follows_text
 from api.prompt import Prompt
 from api.registry import Replica
@@ -28,7 +29,10 @@ def chat_routes(service: Service) -> list[Route]:
                 messages,
                 template,
                 is_continuation=follows_text(base),
-                asks_answer=base is None or bool(messages),
+                # Without a message the answer goes on in the middle, where white space counts.
+                asks_answer=body.asks_answer and (base is None or bool(messages)),
+                continues_last=body.continues_last,
+                thinking=body.thinking(template),
             )
             prompt = Prompt(
                 "messages",
@@ -36,6 +40,7 @@ def chat_routes(service: Service) -> list[Route]:
                 DEFAULT_STOPS[template],
                 starts=rendered.starts,
                 is_continuation=base is not None,
+                form=AnswerForm(rendered.ending),
             )
             return [prompt]
 
@@ -43,8 +48,7 @@ def chat_routes(service: Service) -> list[Route]:
         encoder = ChatEncoder(
             accepted.head,
             has_usage_chunk=body.has_usage_chunk,
-            # Without a message the answer goes on in the middle, where white space counts.
-            strips_start=bool(messages) and accepted.replica.table.template == "g1",
+            form=accepted.form or AnswerForm(),
             details=accepted.details(body),
             prompt=accepted.prompts[0] if accepted.prompts else None,
         )

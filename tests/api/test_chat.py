@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.chat import ROLE_OF_NAME, ChatMessage, Template, collapse, render
+from api.chat import ROLE_OF_NAME, ChatMessage, Ending, Template, Thinking, collapse, render
 
 SYSTEM = ChatMessage("system", "Be brief.")
 USER = ChatMessage("user", "Hello!")
@@ -116,3 +116,60 @@ def test_starts_are_where_messages_begin(
         alone = render([message], template, asks_answer=False).text
         assert rendered.text[start:].startswith(alone)
         assert end is None or rendered.text[start:end] == alone
+
+
+@pytest.mark.parametrize(
+    ("thinking", "tail"),
+    [
+        (Thinking.NONE, "User: Hello!\n\nAssistant:"),
+        (Thinking.EMPTY, "User: Hello!\n\nAssistant: <think>\n</think"),
+        (Thinking.PLAIN, "User: Hello!\n\nAssistant: <think"),
+        (Thinking.A_BIT, "User: Hello! think a bit\n\nAssistant: <think"),
+        (Thinking.NORMAL, "User: Hello! think\n\nAssistant: <think"),
+        (Thinking.A_LOT, "User: Hello! think a lot\n\nAssistant: <think"),
+    ],
+)
+def test_g1_asks_for_thoughts_as_the_model_cards_do(thinking: Thinking, tail: str):
+    assert render([SYSTEM, USER], "g1", thinking=thinking).text == f"System: Be brief.\n\n{tail}"
+    assert render([SYSTEM, USER], "rwkv-rs", thinking=thinking) == render([SYSTEM, USER], "rwkv-rs")
+
+
+def test_g1_drops_past_thoughts_from_the_history():
+    past = ChatMessage("assistant", "<think>\nHm.\n\nYes.\n</think>\nHi.")
+    assert render([USER, past, USER], "g1") == render([USER, ASSISTANT, USER], "g1")
+    assert render([USER, past], "g1", asks_answer=False).text.endswith("Assistant: Hi.")
+
+
+@given(
+    history=st.lists(MESSAGES, min_size=1, max_size=4),
+    answer=TEXTS,
+    more=st.lists(MESSAGES, min_size=1, max_size=3),
+    thinking=st.sampled_from([one for one in Thinking if one is not Thinking.NONE]),
+)
+def test_second_turn_begins_with_what_the_first_one_names_as_shared(
+    history: list[ChatMessage], answer: str, more: list[ChatMessage], thinking: Thinking
+):
+    """So that a snapshot left there is found again, though the thought is dropped."""
+    first = render(history, "g1", thinking=thinking)
+    shared = first.text[: first.starts[-1]]
+    assert len(first.starts) == len(history) + 1
+    assert shared == render(history, "g1", asks_answer=False).text
+    message = ChatMessage("assistant", f"<think>\nhm\n</think>\n{answer}")
+    second = render([*history, message, *more], "g1", thinking=thinking)
+    assert second.text.startswith(shared)
+
+
+@pytest.mark.parametrize(
+    ("answer", "tail", "ending"),
+    [
+        ("Once upon", "Assistant: Once upon", Ending.MIDDLE),
+        ("", "Assistant:", Ending.LABEL),
+        ("<think>\nI am", "Assistant: <think>\nI am", Ending.THOUGHT),
+        ("<think>\nhm\n</think>\nSo", "Assistant: <think>\nhm\n</think>\nSo", Ending.MIDDLE),
+    ],
+)
+def test_answer_that_is_gone_on_with_ends_the_prompt(answer: str, tail: str, ending: Ending):
+    messages = [USER, ChatMessage("assistant", answer)]
+    rendered = render(messages, "g1", continues_last=True, thinking=Thinking.NORMAL)
+    assert rendered.text == f"User: Hello!\n\n{tail}"
+    assert rendered.ending is ending

@@ -31,6 +31,7 @@ async def test_chat_answers_the_whole_text_with_usage(tmp_path: Path):
         "completion_tokens": 7,
         "total_tokens": NUM_CHAT_TOKENS + 7,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 

@@ -297,8 +297,6 @@ def test_messages_in_every_accepted_form():
         ("tool_choice", "required"),
         ("functions", [{}]),
         ("response_format", {"type": "json_object"}),
-        ("reasoning_effort", "low"),
-        ("chat_template_kwargs", {"enable_thinking": True}),
         ("modalities", ["text", "audio"]),
         ("prompt_logprobs", 1),
         ("echo", True),
