@@ -98,7 +98,10 @@ def _request(
 
 
 def _sampling(body: GenerationBody, placed: Placed) -> SamplingParams:
-    sampling = body.to_params(placed.prompts[0].prompt.default_stop)
+    prompt = placed.prompts[0].prompt  # the others are like it
+    sampling = body.to_params(prompt.default_stop)
+    if prompt.grammars:
+        sampling = replace(sampling, grammar=prompt.grammars[-1].source)
     if body.num_top_logprobs is not None:
         tokenizer = placed.replica.client.tokenizer
         return replace(

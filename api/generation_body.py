@@ -10,8 +10,9 @@ import re
 import msgspec
 
 from api.errors import invalid
-from api.sampling import Integer, SamplingFields, integer
+from api.sampling import Integer, integer
 from api.states import StateFields
+from api.structured import StructuredFields
 from engine.types import StateOptions
 
 MAX_NUM_CHOICES = 128
@@ -26,7 +27,7 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     include_usage: bool | None = None
 
 
-class GenerationBody(SamplingFields, kw_only=True):
+class GenerationBody(StructuredFields, kw_only=True):
     """What both completion routes understand; null = absent."""
 
     model: str | None = None

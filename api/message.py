@@ -11,6 +11,15 @@ from engine.tokenizer import Tokenizer
 
 THOUGHT_BEGIN = "<think>"
 THOUGHT_END = "</think>"
+# What an answer of a given form has in front of it: as regular expressions, each matched as short
+# as possible. A history shows the answer as the model would have written it then.
+LEADS = {
+    Ending.MIDDLE: "",
+    Ending.LABEL: " ",
+    Ending.THOUGHT: rf"(.|\n)*{THOUGHT_END}\n",
+    Ending.THOUGHT_TAG: rf">(.|\n)*{THOUGHT_END}\n",
+    Ending.CLOSED_TAG: r">\n",
+}
 
 
 @dataclass(frozen=True, slots=True)

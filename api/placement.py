@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from api.errors import invalid
 from api.prompt import EncodedPrompt, Prompt, encode
 from api.registry import ModelRegistry, Replica
+from api.structured import NamedGrammar
 from config.convert import did_you_mean
+from engine.errors import InvalidRequest
 from engine.types import StateInfo
 
 PromptsFor = Callable[[Replica], Sequence[Prompt]]
@@ -40,9 +42,18 @@ async def place(registry: ModelRegistry, model_name: str | None, prompts_for: Pr
             PlacedPrompt(prompt, await encode(prompt, replica.client.tokenizer))
             for prompt in prompts
         ]
+        for grammar in prompts[0].grammars:
+            await _prepare(replica, grammar)
         if registry.get(model_name) is replica:
             return Placed(replica, tuple(placed))
         # It was replaced meanwhile, maybe with another vocabulary.
+
+
+async def _prepare(replica: Replica, grammar: NamedGrammar) -> None:
+    try:
+        await replica.client.prepare(grammar.source)
+    except InvalidRequest as error:
+        raise invalid(f"{grammar.field!r} cannot be followed: {error}", grammar.field) from None
 
 
 def initial_state_of(replica: Replica, given: str | None, base: str | None) -> str | None:

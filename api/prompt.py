@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from api.message import AnswerForm
+from api.structured import NamedGrammar
 from engine.tokenizer import Tokenizer
 
 BEGIN_OF_DOCUMENT = 0
@@ -28,6 +29,9 @@ class Prompt:
     starts: Sequence[int] = ()
     is_continuation: bool = False  # of a state: the document has begun
     form: AnswerForm | None = None  # of the answer to a chat
+    # The last one is what the answer must match; those before it are its parts, so that an error
+    # in one names the right field.
+    grammars: Sequence[NamedGrammar] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,6 @@ SHARED: dict[str, tuple[object, ...]] = {
     "return_tokens_as_token_ids": (False,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
 }
 CHAT: dict[str, tuple[object, ...]] = SHARED | {
     "best_of": (1,),
@@ -31,7 +26,6 @@ CHAT: dict[str, tuple[object, ...]] = SHARED | {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "echo": (False,),
     "modalities": (["text"],),
     "audio": (),
@@ -41,7 +35,6 @@ CHAT: dict[str, tuple[object, ...]] = SHARED | {
 COMPLETIONS: dict[str, tuple[object, ...]] = SHARED | {
     "suffix": ("",),
     "top_logprobs": (0,),
-    "response_format": ({"type": "text"},),
 }
 
 

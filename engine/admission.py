@@ -10,6 +10,8 @@ import math
 from collections import deque
 
 from engine.errors import ContextTooLong, InvalidRequest
+from engine.grammar import GrammarCompiler
+from engine.tokenizer import END_OF_TEXT
 from engine.types import EngineRequest, SamplingParams
 
 NUM_RECENT = 64  # ends of requests that the service rate is taken from
@@ -77,6 +79,27 @@ def _check_lengths(sampling: SamplingParams) -> None:
             f" {sampling.max_tokens}",
             "min_tokens",
         )
+
+
+def check_grammar(sampling: SamplingParams, grammars: GrammarCompiler | None) -> None:
+    """Raise InvalidRequest for one that cannot be followed. Compiles it if nobody has."""
+    if sampling.grammar is None:
+        return
+    if grammars is None:
+        raise InvalidRequest("this engine follows no grammars; leave it out", "grammar")
+    if END_OF_TEXT not in sampling.stop_token_ids:
+        raise InvalidRequest(
+            f"stop_token_ids = {sampling.stop_token_ids}: a grammar ends with token 0, which must"
+            " be among them; leave out ignore_eos",
+            "stop_token_ids",
+        )
+    if sampling.min_tokens > 0:
+        raise InvalidRequest(
+            f"min_tokens = {sampling.min_tokens}: a grammar says itself where the text may end;"
+            " leave it out",
+            "min_tokens",
+        )
+    grammars.matcher(sampling.grammar)
 
 
 def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:

@@ -76,6 +76,13 @@ class EngineClient(Protocol):
     @property
     def tokenizer(self) -> Tokenizer: ...
 
+    async def prepare(self, grammar: str) -> None:
+        """Compile in a thread what a request is to name as `sampling.grammar`.
+
+        `submit` does it on the event loop otherwise. Raises InvalidRequest that says what is wrong.
+        """
+        ...
+
     def submit(self, request: EngineRequest) -> RequestStream:
         """Queue a request. Raises InvalidRequest, Overloaded, Draining or EngineDead at once."""
         ...

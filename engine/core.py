@@ -12,9 +12,10 @@ from contextlib import suppress
 from dataclasses import replace
 from time import perf_counter
 
-from engine.admission import check_request
+from engine.admission import check_grammar, check_request
 from engine.client import RequestStream, States
 from engine.errors import Draining, EngineDead, EngineError, InvalidRequest, Overloaded
+from engine.grammar import GrammarCompiler
 from engine.keeper import StateKeeper
 from engine.persistence import Persistence
 from engine.pipeline import Pipeline
@@ -57,8 +58,10 @@ class EngineCore:
         stats: StatsSink | None = None,
         depth: int = DEPTH,
         parts: StateParts | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
-        """Without `parts` nothing is reused, and states live on the device only."""
+        """Without `parts` nothing is reused, and states live on the device only; without
+        `grammars` no request can name one."""
         parts = parts or StateParts()
         cache = parts.open_cache(info)
         self._cache = cache
@@ -66,6 +69,7 @@ class EngineCore:
         self._scheduler = Scheduler(cache, limits, max_batch_size=info.max_batch_size)
         self._info = info
         self._tokenizer = tokenizer
+        self._grammars = grammars
         self._stats = stats
         self._wake = asyncio.Event()
         self._responses = Responses(self._scheduler, self._store, tokenizer, stats, self._wake.set)
@@ -107,6 +111,12 @@ class EngineCore:
         self._persistence.start()
         self._sweep()
         self._task = asyncio.create_task(self._run(), name=f"engine {self._info.model_name}")
+
+    async def prepare(self, grammar: str) -> None:
+        """Compile a grammar off the loop. Raises InvalidRequest."""
+        if self._grammars is None:
+            raise InvalidRequest("this engine follows no grammars; leave it out", "grammar")
+        await self._grammars.prepare(grammar)
 
     def submit(self, request: EngineRequest) -> RequestStream:
         """Queue a request. Raises InvalidRequest, Overloaded, Draining or EngineDead at once."""
@@ -248,6 +258,7 @@ class EngineCore:
             max_context_len=limits.max_context_len if limits.rejects_long_context else 0,
             has_start=base is not None and base.has_logits,
         )
+        check_grammar(request.sampling, self._grammars)
         if request.keep_state is not None and self._info.num_frames == 0:
             raise InvalidRequest("states need host memory: set host_state_mib", "keep_state")
 

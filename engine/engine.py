@@ -18,6 +18,7 @@ import torch
 from config import ModelTable, load_infer
 from engine.core import EngineCore
 from engine.errors import InvalidRequest, WeightsError
+from engine.grammar import GrammarCompiler
 from engine.limits import limits_of
 from engine.model.rwkv7 import RWKV7
 from engine.model.weights import dummy_model, fingerprint, load_model
@@ -65,11 +66,13 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
     num_frames = table.host_state_mib * MIB // layout.page_bytes
     frames = HostFrames(layout, num_frames, is_pinned=device.type == "cuda")
     storage = StateStorage(layout, num_slots, device, frames)
+    grammars = GrammarCompiler(tokenizer, model.dims.vocab_size)
     sampler = Sampler(
         num_seats=table.max_batch_size,
         banned_ids=tokenizer.ids_without_text(model.dims.vocab_size),
         device=device,
         tokenizer=tokenizer,
+        grammars=grammars,
     )
     num_threads = table.num_threads or max(1, (os.cpu_count() or 1) - 1)
     runner = ModelRunner(model, storage, sampler, table.max_batch_size, num_threads)
@@ -101,7 +104,8 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
         num_frames=num_frames,
         num_files=0 if parts.disk is None else table.disk_state_mib * MIB // layout.page_bytes,
     )
-    return EngineCore(info, tokenizer, runner, limits_of(table), stats, parts=parts)
+    limits = limits_of(table)
+    return EngineCore(info, tokenizer, runner, limits, stats, parts=parts, grammars=grammars)
 
 
 def open_disk(

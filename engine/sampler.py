@@ -1,10 +1,10 @@
 """Draws one token per row from logits, with the sampling state of each seat.
 
-Order and meaning are those of Rapid-Sampling (Triang-jyed-driung, used by rwkv-rs): penalties,
-temperature, softmax, then one threshold that satisfies top-k and top-p together, the tokens at
-the threshold scaled so that the kept mass is exactly what was asked for. What that has not:
-biases and forbidden tokens (engine/constraints.py) come with the penalties, `min_p` before the
-threshold. It knows seats and logits, not sequences or slots.
+Order and meaning are those of Rapid-Sampling (Triang-jyed-driung, used by rwkv-rs): grammar,
+penalties, temperature, softmax, then one threshold that satisfies top-k and top-p together, the
+tokens at the threshold scaled so that the kept mass is exactly what was asked for. What that has
+not: biases and forbidden tokens (engine/constraints.py) come with the penalties, `min_p` before
+the threshold. It knows seats and logits, not sequences or slots.
 
 Legend: R rows, A those of them that ask for log probabilities, V vocabulary.
 """
@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from engine.constraints import Constraints
+from engine.grammar import GrammarCompiler, Matcher
 from engine.kernels.philox import uniform
 from engine.logprobs import score
+from engine.masks import Masks
 from engine.plan import BAD_TOKEN, NO_TOKEN, Scores
 from engine.tokenizer import Tokenizer
 from engine.types import SamplingParams, TopLogprobs
@@ -94,6 +96,12 @@ class _Seat:
     params: SamplingParams
     penalties: Penalties | None
     constraints: Constraints | None
+    matcher: Matcher | None
+
+    @property
+    def is_bound(self) -> bool:
+        """There are tokens that may not be drawn now."""
+        return self.constraints is not None or self.matcher is not None
 
     def update(self, tokens: Sequence[int]) -> None:
         """These were drawn."""
@@ -101,6 +109,8 @@ class _Seat:
             self.penalties.update(tokens)
         if self.constraints is not None:
             self.constraints.update(tokens)
+        if self.matcher is not None:
+            self.matcher.update(tokens)
 
 
 class Sampler:
@@ -112,9 +122,12 @@ class Sampler:
         banned_ids: Sequence[int],
         device: torch.device,
         tokenizer: Tokenizer | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         """`banned_ids` have no text and are never drawn, whatever a request says; `tokenizer` is
-        needed for `bad_words`."""
+        needed for `bad_words`, `grammars` for requests that name one."""
+        self._grammars = grammars
+        self._masks = Masks(device)
         self._device = device
         self._banned = self._ids(banned_ids)
         self._tokenizer = tokenizer
@@ -129,6 +142,7 @@ class Sampler:
             params=params,
             penalties=Penalties(params) if params.has_penalties else None,
             constraints=Constraints.of(params, self._tokenizer, self._device),
+            matcher=self._matcher(params.grammar),
         )
         taken.update(output_ids)
 
@@ -158,7 +172,10 @@ class Sampler:
     def _pick(
         self, logits_RV: Tensor, rows: Sequence[_Seat], positions: Sequence[int]
     ) -> list[int]:
+        # First of all, so that it is done while the device still computes the logits.
+        allowed = [None if row.matcher is None else row.matcher.allowed() for row in rows]
         is_bad = (~torch.isfinite(logits_RV).all(dim=-1)).tolist()
+        self._masks.apply(logits_RV, allowed)
         logits_RV.index_fill_(-1, self._banned, -torch.inf)
         for row, logits_V in zip(rows, logits_RV, strict=True):
             if row.constraints is not None:
@@ -169,7 +186,7 @@ class Sampler:
         for i, row in enumerate(rows):
             if is_bad[i]:
                 tokens[i] = BAD_TOKEN
-            elif row.constraints is not None and logits_RV[i, tokens[i]] == -torch.inf:
+            elif row.is_bound and logits_RV[i, tokens[i]] == -torch.inf:
                 tokens[i] = NO_TOKEN
         drawn = [i for i, row in enumerate(rows) if not row.params.is_greedy and tokens[i] >= 0]
         if drawn:
@@ -181,6 +198,12 @@ class Sampler:
             if token >= 0:
                 row.update((token,))
         return tokens
+
+    def _matcher(self, grammar: str | None) -> Matcher | None:
+        if grammar is None:
+            return None
+        assert self._grammars is not None, "a request was let in with a grammar"
+        return self._grammars.matcher(grammar)
 
     def _seat(self, index: int) -> _Seat:
         seat = self._seats[index]

@@ -25,6 +25,7 @@ from engine.types import FinishReason, LiveLimits
 # With decode_first = false a decode row runs at least in each such step, however much prefill
 # waits: throughput for new requests costs running ones at most this factor.
 DECODE_INTERVAL = 4
+NO_TOKEN_LEFT = "what the request forbids leaves its grammar no token to go on with"
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,6 +355,9 @@ class Scheduler:
             return Progress(seq, None)
         if seq.max_tokens == 0:
             self.finish(seq, FinishReason.LENGTH)
+            return Progress(seq, None)
+        if token_id == NO_TOKEN and seq.request.sampling.grammar is not None:
+            self.finish(seq, FinishReason.ERROR, NO_TOKEN_LEFT)  # what there is does not match
             return Progress(seq, None)
         if token_id == NO_TOKEN:
             self.finish(seq, FinishReason.STOP)

@@ -59,6 +59,9 @@ class SamplingParams:
     has_logprobs: bool = False  # report the model's log probability of every token drawn
     num_top_logprobs: int = 0  # and of so many of the most probable ones
     candidate_token_ids: tuple[int, ...] = ()  # and of these
+    # What the text must match, as engine/grammar_text.py writes it. It ends with token 0, which
+    # can be drawn where the grammar allows an end and nowhere else.
+    grammar: str | None = None
 
     @property
     def is_greedy(self) -> bool:

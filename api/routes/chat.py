@@ -7,7 +7,7 @@ from blacksheep import Request, Response
 from api.chat import DEFAULT_STOPS, render
 from api.encode_chat import ChatEncoder
 from api.generation import accept, respond
-from api.message import AnswerForm
+from api.message import LEADS, AnswerForm
 from api.placement import follows_text
 from api.prompt import Prompt
 from api.registry import Replica
@@ -34,13 +34,16 @@ def chat_routes(service: Service) -> list[Route]:
                 continues_last=body.continues_last,
                 thinking=body.thinking(template),
             )
+            structure = body.structure(LEADS[rendered.ending])
             prompt = Prompt(
                 "messages",
                 rendered.text,
-                DEFAULT_STOPS[template],
+                # A grammar ends the answer itself.
+                DEFAULT_STOPS[template] if structure is None else (),
                 starts=rendered.starts,
                 is_continuation=base is not None,
                 form=AnswerForm(rendered.ending),
+                grammars=() if structure is None else (structure,),
             )
             return [prompt]
 

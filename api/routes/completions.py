@@ -18,12 +18,14 @@ from engine.types import StateInfo
 def completion_routes(service: Service) -> list[Route]:
     async def create_completion(request: Request) -> Response:
         body = parse_completion(await read_json(request))
-        contents = body.prompts()
+        contents, structure = body.prompts(), body.structure()
+        grammars = () if structure is None else (structure,)
 
         def prompts_for(_: Replica, base: StateInfo | None) -> list[Prompt]:
             is_continuation = base is not None
             return [
-                Prompt("prompt", content, is_continuation=is_continuation) for content in contents
+                Prompt("prompt", content, is_continuation=is_continuation, grammars=grammars)
+                for content in contents
             ]
 
         accepted = await accept(service, request, body, prompts_for, "cmpl")

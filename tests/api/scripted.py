@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import ModelTable
+from engine.grammar import GrammarCompiler
 from engine.limits import limits_of
 from engine.plan import Row, Scores, StepPlan, StepResult
 from engine.tokenizer import Tokenizer
@@ -175,6 +176,7 @@ class ScriptedBuilder:
         limits = limits_of(table)
         if not limits.rejects_long_context:
             limits = replace(limits, max_context_len=0)
-        engine = ScriptedEngine(disk, info, tokenizer, runner, limits, stats)
+        grammars = GrammarCompiler(tokenizer, VOCAB_SIZE)  # the script need not follow them
+        engine = ScriptedEngine(disk, info, tokenizer, runner, limits, stats, grammars=grammars)
         self.engines.append(engine)
         return engine

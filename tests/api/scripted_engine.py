@@ -130,8 +130,8 @@ class Disk:
 class ScriptedEngine(EngineCore):
     """See above. `requests` are all that were submitted, as they came."""
 
-    def __init__(self, disk: Disk, *arguments: object) -> None:
-        super().__init__(*arguments)
+    def __init__(self, disk: Disk, *arguments: object, **keywords: object) -> None:
+        super().__init__(*arguments, **keywords)
         self.disk = disk
         self.requests: list[EngineRequest] = []
         self.refuses_states = False  # as if there were no room for another

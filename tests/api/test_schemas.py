@@ -296,7 +296,6 @@ def test_messages_in_every_accepted_form():
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
         ("functions", [{}]),
-        ("response_format", {"type": "json_object"}),
         ("modalities", ["text", "audio"]),
         ("prompt_logprobs", 1),
         ("echo", True),

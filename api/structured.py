@@ -1,0 +1,159 @@
+"""StructuredFields: what a request says about the form of its answer -> a grammar's text.
+
+OpenAI's `response_format`, and vLLM's `structured_outputs` and `guided_…`. Knows no tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import orjson
+
+from api.errors import invalid
+from api.sampling import SamplingFields
+from engine import grammar_text
+
+Schema = dict[str, object] | bool
+SchemaField = Schema | str  # also as a text, which vLLM takes
+JSON_OBJECT: Schema = {"type": "object"}
+FORMATS = ("text", "json_object", "json_schema")
+
+
+@dataclass(frozen=True, slots=True)
+class NamedGrammar:
+    """A grammar and the field that errors about it name."""
+
+    field: str
+    source: str
+
+
+class JsonSchemaFormat(msgspec.Struct, kw_only=True):
+    """`strict` makes no difference: what a schema says is enforced, or refused."""
+
+    name: str | None = None
+    description: str | None = None
+    schema: Schema | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True):
+    type: str
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """vLLM's; exactly one is given."""
+
+    json: SchemaField | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class StructuredFields(SamplingFields, kw_only=True):
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: SchemaField | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+    def structure(self, lead: str = "") -> NamedGrammar | None:
+        """What the answer must match behind `lead`, a regular expression; None for anything.
+
+        Raises ApiError 400, also for two of the fields.
+        """
+        asked = [*self._response_format(), *self._structured_outputs(), *self._guided()]
+        if len(asked) > 1:
+            raise invalid(
+                f"{asked[0][0]!r} and {asked[1][0]!r} both say what form the answer has; send one",
+                asked[1][0],
+            )
+        if not asked:
+            return None
+        field, write = asked[0]
+        try:
+            return NamedGrammar(field, write(lead))
+        except ValueError as error:
+            raise invalid(f"{field!r} cannot be followed: {error}", field) from None
+
+    def _response_format(self) -> list[Asked]:
+        asked = self.response_format
+        if asked is None or asked.type == "text":
+            return []
+        if asked.type == "json_object":
+            return [_json("response_format", JSON_OBJECT)]
+        if asked.type != "json_schema":
+            raise invalid(
+                f"'response_format.type' = {asked.type!r} is unknown; known are "
+                f"{', '.join(FORMATS)}",
+                "response_format",
+            )
+        if asked.json_schema is None or asked.json_schema.schema is None:
+            raise invalid("'response_format.json_schema.schema' is missing", "response_format")
+        return [_json("response_format", asked.json_schema.schema)]
+
+    def _structured_outputs(self) -> list[Asked]:
+        asked = self.structured_outputs
+        if asked is None:
+            return []
+        found = _written(
+            "structured_outputs.", asked.json, asked.regex, asked.choice, asked.grammar
+        )
+        if asked.json_object:
+            found.append(_json("structured_outputs.json_object", JSON_OBJECT))
+        if not found:
+            known = ", ".join(asked.__struct_fields__)
+            raise invalid(
+                f"'structured_outputs' is empty; give it one of {known}", "structured_outputs"
+            )
+        return found
+
+    def _guided(self) -> list[Asked]:
+        return _written(
+            "guided_", self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar
+        )
+
+
+Asked = tuple[str, Callable[[str], str]]  # (field, from the lead to the grammar)
+
+
+def _written(
+    prefix: str,
+    schema: SchemaField | None,
+    regex: str | None,
+    choice: list[str] | None,
+    grammar: str | None,
+) -> list[Asked]:
+    found: list[Asked] = []
+    if schema is not None:
+        found.append(_json(f"{prefix}json", schema))
+    if regex is not None:
+        found.append((f"{prefix}regex", lambda lead: grammar_text.regex(regex, lead)))
+    if choice is not None:
+        if not choice:
+            raise invalid(
+                f"'{prefix}choice' is empty; name the answers there are", f"{prefix}choice"
+            )
+        found.append((f"{prefix}choice", lambda lead: grammar_text.choice(choice, lead)))
+    if grammar is not None:
+        if "::=" in grammar:
+            raise invalid(
+                f"'{prefix}grammar' looks like GBNF; write it in Lark (python -m "
+                "llguidance.gbnf_to_lark converts it)",
+                f"{prefix}grammar",
+            )
+        found.append((f"{prefix}grammar", lambda lead: grammar_text.lark(grammar, lead)))
+    return found
+
+
+def _json(field: str, schema: SchemaField) -> Asked:
+    if isinstance(schema, str):
+        try:
+            schema = msgspec.convert(orjson.loads(schema), Schema)
+        except (orjson.JSONDecodeError, msgspec.ValidationError) as error:
+            raise invalid(f"{field!r} is no JSON schema: {error}", field) from None
+    return field, lambda lead: grammar_text.json_schema(schema, lead)
