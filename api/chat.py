@@ -2,27 +2,24 @@
 
 `g1` is the form of the model cards of RWKV7-G1 (Hugging Face, BlinkDL/rwkv7-g1): blocks
 "Label: text" between blank lines, ending in "Assistant:" without a trailing space. A blank line
-separates turns there, so blank lines inside a message are collapsed to one newline.
+separates turns there, so blank lines inside a message are collapsed to one newline. Where there
+are tools, or calls in the history, blocks have headings instead (see api/tool_text.py).
 `rwkv-rs` gives the same bytes as that server: nothing collapsed, always in thinking mode.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Literal
 
+from api.tool_text import Tool, ToolCall, call_text, definitions, result_text
+
 Role = Literal["user", "assistant", "system", "tool"]
 Template = Literal["g1", "rwkv-rs"]
 
-LABELS: dict[Role, str] = {
-    "user": "User",
-    "assistant": "Assistant",
-    "system": "System",
-    "tool": "User",
-}
 ROLE_OF_NAME: dict[str, Role] = {
     "user": "user",
     "assistant": "assistant",
@@ -30,10 +27,41 @@ ROLE_OF_NAME: dict[str, Role] = {
     "developer": "system",
     "tool": "tool",
 }
-SEPARATOR = "\n\n"
-# The model opens the user's next turn instead of ending the document. The longer one takes the
-# blank line before it away as well: where two stop strings match, the earlier match wins.
-DEFAULT_STOPS: dict[Template, tuple[str, ...]] = {"g1": ("\n\nUser:", "\nUser:"), "rwkv-rs": ()}
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How messages are set: "LABEL JOINT text" with `separator` between them.
+
+    `stops` are what the model writes when it opens the next turn instead of ending the document.
+    The longer one takes the blank line before it away as well: where two stop strings match, the
+    earlier match wins.
+    """
+
+    labels: Mapping[Role, str]
+    joint: str
+    separator: str
+    stops: tuple[str, ...]
+    collapses: bool = True
+
+
+LABELS: Mapping[Role, str] = {
+    "user": "User:",
+    "assistant": "Assistant:",
+    "system": "System:",
+    "tool": "User:",
+}
+HEADINGS: Mapping[Role, str] = {
+    "user": "### User",
+    "assistant": "### Assistant",
+    "system": "### System",
+    "tool": "### Tool Output",
+}
+FORMS: Mapping[Template, Form] = {
+    "g1": Form(LABELS, " ", "\n\n", ("\n\nUser:", "\nUser:")),
+    "rwkv-rs": Form(LABELS, " ", "\n\n", (), collapses=False),
+}
+TOOL_FORM = Form(HEADINGS, "\n", "\n", ("\n### User", "\n### System", "\n### Tool Output"))
 
 BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
 PAST_THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
@@ -74,19 +102,22 @@ class Thinking(Enum):
 class ChatMessage:
     role: Role
     text: str
+    calls: tuple[ToolCall, ...] = ()  # of an assistant
 
 
 @dataclass(frozen=True, slots=True)
 class ChatText:
     """A rendered conversation.
 
-    `starts` are numbers of characters: what precedes each message. The last one may be that of
-    what only this prompt says, which asks for a thought; no later prompt has it there.
+    `starts` are numbers of characters: what precedes each message, the block that only tells of
+    tools counting as one. The last one may be that of what only this prompt says, which asks for
+    a thought; no later prompt has it there.
     """
 
     text: str
     starts: tuple[int, ...]
     ending: Ending
+    form: Form
 
 
 def render(
@@ -97,32 +128,43 @@ def render(
     asks_answer: bool = True,
     continues_last: bool = False,
     thinking: Thinking = Thinking.NONE,
+    tools: Sequence[Tool] = (),
 ) -> ChatText:
     """The prompt, without the begin-of-document token.
 
     A continuation follows a text that ends with a message, or with an answer as far as it was
-    given; what it adds makes the text of the whole conversation. With `asks_answer` the prompt
-    ends where the assistant begins to speak, otherwise it ends with the last message; with
-    `continues_last` that is an answer to be gone on with, and a thought in it stays.
+    given; what it adds makes the text of the whole conversation. It is given the same tools, and
+    does not tell of them again. With `asks_answer` the prompt ends where the assistant begins to
+    speak, otherwise it ends with the last message; with `continues_last` that is an answer to be
+    gone on with, and a thought in it stays. Tools are for g1 only.
     """
     asks_answer = asks_answer and not continues_last
-    blocks = [_block(message, template) for message in messages]
-    if continues_last and template == "g1":
-        blocks[-1] = _labelled(LABELS[messages[-1].role], collapse(messages[-1].text))
-    lead = SEPARATOR if is_continuation and (blocks or asks_answer) else ""
+    form = FORMS[template]
+    if template == "g1" and (tools or any(_is_about_tools(message) for message in messages)):
+        form = TOOL_FORM
+    if tools and not is_continuation:
+        messages = _with_definitions(messages, tools)
+    blocks = [_block(message, form) for message in messages]
+    if continues_last and form.collapses:
+        blocks[-1] = _set("assistant", collapse(messages[-1].text), form)
+    lead = form.separator if is_continuation and (blocks or asks_answer) else ""
     starts, position = [], len(lead)
     for block in blocks:
         starts.append(position)
-        position += len(block) + len(SEPARATOR)
-    history = lead + SEPARATOR.join(blocks)
+        position += len(block) + len(form.separator)
+    history = lead + form.separator.join(blocks)
     if not asks_answer:
         ending = _ending_of(messages[-1].text) if continues_last else Ending.MIDDLE
-        return ChatText(history, tuple(starts), ending)
-    if template == "g1" and thinking.tag:
+        return ChatText(history, tuple(starts), ending, form)
+    separator = form.separator if blocks else ""
+    if template == "rwkv-rs":
+        text = f"{history}{separator}Assistant: <think>\n"
+        return ChatText(text, tuple(starts), Ending.THOUGHT, form)
+    if thinking.tag:
         starts.append(len(history))
-    text = history + _opening(messages, template, thinking, has_blocks=bool(blocks))
-    ending = thinking.ending if template == "g1" else Ending.THOUGHT
-    return ChatText(text, tuple(starts), ending)
+    hint = thinking.hint if messages and messages[-1].role == "user" else ""
+    text = f"{history}{hint}{separator}{_set('assistant', thinking.tag, form)}"
+    return ChatText(text, tuple(starts), thinking.ending, form)
 
 
 def collapse(text: str) -> str:
@@ -131,31 +173,34 @@ def collapse(text: str) -> str:
     return BLANK_LINES.sub("\n", text).strip()
 
 
-def _opening(
-    messages: Sequence[ChatMessage], template: Template, thinking: Thinking, has_blocks: bool
-) -> str:
-    """What follows the last message, up to where the assistant begins to speak."""
-    separator = SEPARATOR if has_blocks else ""
-    if template == "rwkv-rs":
-        return f"{separator}Assistant: <think>\n"
-    hint = thinking.hint if messages and messages[-1].role == "user" else ""
-    tag = f" {thinking.tag}" if thinking.tag else ""
-    return f"{hint}{separator}Assistant:{tag}"
+def _with_definitions(messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[ChatMessage]:
+    """With what the model is told about its tools, as part of the first system message."""
+    has_system = bool(messages) and messages[0].role == "system"
+    first, rest = (messages[0].text, messages[1:]) if has_system else ("", messages)
+    return [ChatMessage("system", f"{first}\n{definitions(tools)}"), *rest]
 
 
-def _block(message: ChatMessage, template: Template) -> str:
-    label = LABELS[message.role]
-    if template == "rwkv-rs":
-        return f"{label}: {message.text}"
+def _is_about_tools(message: ChatMessage) -> bool:
+    return message.role == "tool" or bool(message.calls)
+
+
+def _block(message: ChatMessage, form: Form) -> str:
     text = message.text
-    if message.role == "assistant":
-        past = PAST_THOUGHT.match(text)
-        text = text[past.end() :] if past else text
-    return _labelled(label, collapse(text))
+    if form.collapses:
+        if message.role == "assistant" and (past := PAST_THOUGHT.match(text)):
+            text = text[past.end() :]
+        text = collapse(text)
+    if form is TOOL_FORM and message.role == "tool":
+        text = result_text(text)
+    if message.calls:
+        calls = [ToolCall(call.name, collapse(call.arguments)) for call in message.calls]
+        text = "\n".join([*([text] if text else []), *map(call_text, calls)])
+    return _set(message.role, text, form)
 
 
-def _labelled(label: str, text: str) -> str:
-    return f"{label}: {text}" if text else f"{label}:"
+def _set(role: Role, text: str, form: Form) -> str:
+    label = form.labels[role]
+    return f"{label}{form.joint}{text}" if text or not form.collapses else label
 
 
 def _ending_of(answer: str) -> Ending:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 
 import orjson
 
+from api.answer_parts import CallArguments, CallBegin, Content, Part, Reasoning
 from api.encode import AnswerHead, ChoicePrompt, ChunkFrame, Details, Usage, whole_answer
 from api.logprobs import ChatLogprobs
-from api.message import AnswerForm, Content, MessageReader, Part, Reasoning
-from engine.types import OutputDelta
+from api.message import AnswerForm, MessageReader
+from engine.types import FinishReason, OutputDelta
 
 CHUNK = "chat.completion.chunk"
 
@@ -66,12 +68,13 @@ class ChatEncoder:
 
     def last(self, index: int, delta: OutputDelta) -> list[bytes]:
         assert delta.finish_reason is not None, "not the last delta"
-        held = [self._chunk(index, _delta(part)) for part in self._readers[index].finish()]
+        reader = self._readers[index]
+        held = [self._chunk(index, _delta(part)) for part in reader.finish()]
         choice: dict[str, object] = {
             "index": index,
             "delta": {},
             "logprobs": None,
-            "finish_reason": delta.finish_reason,
+            "finish_reason": _finish_reason(delta.finish_reason, reader),
         }
         return [*held, self._frame.around_last(choice, delta)]
 
@@ -88,7 +91,7 @@ class ChatEncoder:
             "index": index,
             "message": chat_message(reader.feed(delta.text) + reader.finish()),
             **self._details(index, delta),
-            "finish_reason": delta.finish_reason,
+            "finish_reason": _finish_reason(delta.finish_reason, reader),
         }
 
     def _chunk(self, index: int, delta: bytes) -> bytes:
@@ -107,15 +110,42 @@ def chat_message(parts: Sequence[Part]) -> dict[str, object]:
     """The message of a whole answer. A thought has two names, as with vLLM, old and new."""
     content = "".join(part.text for part in parts if isinstance(part, Content))
     reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
+    arguments: dict[int, str] = {}
+    for part in parts:
+        if isinstance(part, CallArguments):
+            arguments[part.index] = arguments.get(part.index, "") + part.text
+    calls = [
+        _call(part.name, arguments.get(part.index, ""))
+        for part in parts
+        if isinstance(part, CallBegin)
+    ]
     message: dict[str, object] = {"role": "assistant", "content": content, "refusal": None}
     if reasoning:
         message |= {"reasoning_content": reasoning, "reasoning": reasoning}
+    if calls:
+        message |= {"content": content or None, "tool_calls": calls}
     return message
+
+
+def _call(name: str, arguments: str = "") -> dict[str, object]:
+    function = {"name": name, "arguments": arguments}
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+
+
+def _finish_reason(reason: FinishReason | None, reader: MessageReader) -> str | None:
+    return "tool_calls" if reason is FinishReason.STOP and reader.has_called else reason
 
 
 def _delta(part: Part) -> bytes:
     """As the delta of a chunk."""
-    text = orjson.dumps(part.text)
-    if isinstance(part, Content):
-        return b'{"content":%b}' % text
-    return b'{"reasoning_content":%b,"reasoning":%b}' % (text, text)
+    match part:
+        case Content(text):
+            return b'{"content":%b}' % orjson.dumps(text)
+        case Reasoning(text):
+            json = orjson.dumps(text)
+            return b'{"reasoning_content":%b,"reasoning":%b}' % (json, json)
+        case CallBegin(number, name):
+            return orjson.dumps({"tool_calls": [{"index": number} | _call(name)]})
+        case CallArguments(number, text):
+            call = {"index": number, "function": {"arguments": text}}
+            return orjson.dumps({"tool_calls": [call]})

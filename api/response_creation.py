@@ -104,7 +104,8 @@ async def _queue(
         def prompts_for(
             replica: Replica, base: StateInfo | None, turn: Turn = turn
         ) -> list[Prompt]:
-            return [conversation_prompt("input", turn.messages, replica, base)]
+            structure = body.structure()
+            return [conversation_prompt("input", turn.messages, replica, base, structure=structure)]
 
         try:
             return await queue(service, owner, body, prompts_for, response_id), turn

@@ -17,7 +17,7 @@ from api.chat import ROLE_OF_NAME, ChatMessage
 from api.errors import invalid
 from api.generation_body import MAX_NUM_CHOICES, GenerationBody
 from api.sampling import MAX_TOKEN_ID, Integer, integer
-from api.thinking import ThinkingFields
+from api.tools import ToolCallBody, ToolFields, chat_calls
 from api.unsupported import CHAT, COMPLETIONS, refuse_unsupported
 from config.convert import did_you_mean
 
@@ -40,11 +40,11 @@ class ContentPart(msgspec.Struct, kw_only=True):
 class MessageBody(msgspec.Struct, kw_only=True):
     role: str
     content: str | list[ContentPart] | None = None
-    tool_calls: list[object] | None = None
+    tool_calls: list[ToolCallBody] | None = None
     tool_call_id: str | None = None
 
 
-class ChatBody(ThinkingFields, kw_only=True):
+class ChatBody(ToolFields, kw_only=True):
     """POST /v1/chat/completions."""
 
     messages: list[MessageBody] | None = None
@@ -72,8 +72,21 @@ class ChatBody(ThinkingFields, kw_only=True):
 
     def check(self) -> None:
         super().check()
-        if not self.continues_last:
-            return
+        if self.tool_use() is not None:
+            self._check_asks_answer()
+        if self.continues_last:
+            self._check_continues_last()
+
+    def _check_asks_answer(self) -> None:
+        """Calls are looked for in whole answers only."""
+        if self.continues_last or not self.asks_answer or (self.state and not self.messages):
+            raise invalid(
+                "'tools' need 'messages' and a prompt that ends where the assistant begins to "
+                "speak; send 'tool_choice' = 'none' to go on with a text",
+                "tools",
+            )
+
+    def _check_continues_last(self) -> None:
         if self.add_generation_prompt:
             raise invalid(
                 "'continue_final_message' and 'add_generation_prompt' exclude each other; send one "
@@ -85,6 +98,12 @@ class ChatBody(ThinkingFields, kw_only=True):
             raise invalid(
                 "'continue_final_message' goes on with an answer, so the last of 'messages' must "
                 "have the role assistant",
+                "continue_final_message",
+            )
+        if last.tool_calls:
+            raise invalid(
+                "'continue_final_message' goes on with a text, and the last message has "
+                "'tool_calls'",
                 "continue_final_message",
             )
 
@@ -262,17 +281,16 @@ def _message(index: int, message: MessageBody) -> ChatMessage:
         raise invalid(
             f"'{place}.role' = {message.role!r} is unknown; known are {known}", f"{place}.role"
         )
-    if message.tool_calls:
+    if message.tool_calls and role != "assistant":
         raise invalid(
-            f"'{place}.tool_calls' is not supported yet; put the call into the text",
-            f"{place}.tool_calls",
-            "unsupported_parameter",
+            f"'{place}.tool_calls' belongs to messages with role assistant", f"{place}.tool_calls"
         )
     if message.tool_call_id is not None and role != "tool":
         raise invalid(
             f"'{place}.tool_call_id' belongs to messages with role tool", f"{place}.tool_call_id"
         )
-    return ChatMessage(role, _text(f"{place}.content", message.content))
+    calls = chat_calls(message.tool_calls or [], f"{place}.tool_calls")
+    return ChatMessage(role, _text(f"{place}.content", message.content), calls)
 
 
 def _text(place: str, content: str | list[ContentPart] | None) -> str:

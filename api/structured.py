@@ -5,7 +5,6 @@ OpenAI's `response_format`, and vLLM's `structured_outputs` and `guided_…`. Kn
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -13,7 +12,7 @@ import orjson
 
 from api.errors import invalid
 from api.sampling import SamplingFields
-from engine import grammar_text
+from engine.grammar_text import Part, behind, choice_part, lark_part, regex_part, schema_part
 
 Schema = dict[str, object] | bool
 SchemaField = Schema | str  # also as a text, which vLLM takes
@@ -27,6 +26,21 @@ class NamedGrammar:
 
     field: str
     source: str
+
+
+@dataclass(frozen=True, slots=True)
+class NamedPart:
+    """Part of a grammar, and the field that errors about it name."""
+
+    field: str
+    part: Part
+
+    def behind(self, lead: str = "") -> NamedGrammar:
+        """As a grammar behind `lead`, a regular expression. Raises ApiError 400."""
+        try:
+            return NamedGrammar(self.field, behind(lead, self.part))
+        except ValueError as error:
+            raise invalid(f"{self.field!r} cannot be followed: {error}", self.field) from None
 
 
 class JsonSchemaFormat(msgspec.Struct, kw_only=True):
@@ -61,26 +75,18 @@ class StructuredFields(SamplingFields, kw_only=True):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
 
-    def structure(self, lead: str = "") -> NamedGrammar | None:
-        """What the answer must match behind `lead`, a regular expression; None for anything.
-
-        Raises ApiError 400, also for two of the fields.
-        """
+    def structure(self) -> NamedPart | None:
+        """What the answer must match; None for anything. Raises ApiError 400, also for two of the
+        fields."""
         asked = [*self._response_format(), *self._structured_outputs(), *self._guided()]
         if len(asked) > 1:
+            first, second = asked[0].field, asked[1].field
             raise invalid(
-                f"{asked[0][0]!r} and {asked[1][0]!r} both say what form the answer has; send one",
-                asked[1][0],
+                f"{first!r} and {second!r} both say what form the answer has; send one", second
             )
-        if not asked:
-            return None
-        field, write = asked[0]
-        try:
-            return NamedGrammar(field, write(lead))
-        except ValueError as error:
-            raise invalid(f"{field!r} cannot be followed: {error}", field) from None
+        return asked[0] if asked else None
 
-    def _response_format(self) -> list[Asked]:
+    def _response_format(self) -> list[NamedPart]:
         asked = self.response_format
         if asked is None or asked.type == "text":
             return []
@@ -96,7 +102,7 @@ class StructuredFields(SamplingFields, kw_only=True):
             raise invalid("'response_format.json_schema.schema' is missing", "response_format")
         return [_json("response_format", asked.json_schema.schema)]
 
-    def _structured_outputs(self) -> list[Asked]:
+    def _structured_outputs(self) -> list[NamedPart]:
         asked = self.structured_outputs
         if asked is None:
             return []
@@ -112,13 +118,10 @@ class StructuredFields(SamplingFields, kw_only=True):
             )
         return found
 
-    def _guided(self) -> list[Asked]:
+    def _guided(self) -> list[NamedPart]:
         return _written(
             "guided_", self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar
         )
-
-
-Asked = tuple[str, Callable[[str], str]]  # (field, from the lead to the grammar)
 
 
 def _written(
@@ -127,18 +130,18 @@ def _written(
     regex: str | None,
     choice: list[str] | None,
     grammar: str | None,
-) -> list[Asked]:
-    found: list[Asked] = []
+) -> list[NamedPart]:
+    found: list[NamedPart] = []
     if schema is not None:
         found.append(_json(f"{prefix}json", schema))
     if regex is not None:
-        found.append((f"{prefix}regex", lambda lead: grammar_text.regex(regex, lead)))
+        found.append(NamedPart(f"{prefix}regex", regex_part(regex)))
     if choice is not None:
         if not choice:
             raise invalid(
                 f"'{prefix}choice' is empty; name the answers there are", f"{prefix}choice"
             )
-        found.append((f"{prefix}choice", lambda lead: grammar_text.choice(choice, lead)))
+        found.append(NamedPart(f"{prefix}choice", choice_part(choice)))
     if grammar is not None:
         if "::=" in grammar:
             raise invalid(
@@ -146,14 +149,14 @@ def _written(
                 "llguidance.gbnf_to_lark converts it)",
                 f"{prefix}grammar",
             )
-        found.append((f"{prefix}grammar", lambda lead: grammar_text.lark(grammar, lead)))
+        found.append(NamedPart(f"{prefix}grammar", lark_part(grammar)))
     return found
 
 
-def _json(field: str, schema: SchemaField) -> Asked:
+def _json(field: str, schema: SchemaField) -> NamedPart:
     if isinstance(schema, str):
         try:
             schema = msgspec.convert(orjson.loads(schema), Schema)
         except (orjson.JSONDecodeError, msgspec.ValidationError) as error:
             raise invalid(f"{field!r} is no JSON schema: {error}", field) from None
-    return field, lambda lead: grammar_text.json_schema(schema, lead)
+    return NamedPart(field, schema_part(schema))

@@ -22,8 +22,6 @@ SHARED: dict[str, tuple[object, ...]] = {
 }
 CHAT: dict[str, tuple[object, ...]] = SHARED | {
     "best_of": (1,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "echo": (False,),

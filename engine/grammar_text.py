@@ -23,25 +23,32 @@ ANSWER = "answer"
 
 
 def json_schema(schema: object, lead: str = "", *, is_lenient: bool = False) -> str:
-    """JSON that the schema describes. What it says in words nobody can enforce is an error, or
-    with `is_lenient` ignored."""
-    return _led(lead, schema_part(schema, is_lenient=is_lenient))
+    """JSON that the schema describes. What it says that cannot be enforced is an error, or with
+    `is_lenient` ignored."""
+    return behind(lead, schema_part(schema, is_lenient=is_lenient))
 
 
 def regex(pattern: str, lead: str = "") -> str:
     """A text that the whole pattern matches, in the syntax of Rust's regex crate."""
-    return _led(lead, {"lark_grammar": f"start: /{lark_regex(pattern)}/"})
+    return behind(lead, regex_part(pattern))
 
 
 def choice(texts: Sequence[str], lead: str = "") -> str:
     """One of the texts."""
-    alternatives = " | ".join(lark_text(text) for text in texts)
-    return _led(lead, {"lark_grammar": f"start: {alternatives}"})
+    return behind(lead, choice_part(texts))
 
 
 def lark(grammar: str, lead: str = "") -> str:
     """A text of a context-free grammar, in llguidance's variant of Lark; it begins at `start`."""
-    return _led(lead, {"lark_grammar": grammar})
+    return behind(lead, lark_part(grammar))
+
+
+def behind(lead: str, part: Part) -> str:
+    """A grammar of one part."""
+    if not lead:
+        return _dump(part)
+    start = f"start: lead @{ANSWER}\nlead[lazy]: /{lark_regex(lead)}/"
+    return compose(start, {ANSWER: part})
 
 
 def compose(start: str, parts: Mapping[str, Part]) -> str:
@@ -54,6 +61,18 @@ def schema_part(schema: object, *, is_lenient: bool = False) -> Part:
     if isinstance(schema, dict):
         return {"json_schema": {**schema, "x-guidance": options}}
     return {"json_schema": {"allOf": [schema], "x-guidance": options}}
+
+
+def regex_part(pattern: str) -> Part:
+    return lark_part(f"start: /{lark_regex(pattern)}/")
+
+
+def choice_part(texts: Sequence[str]) -> Part:
+    return lark_part(f"start: {' | '.join(map(lark_text, texts))}")
+
+
+def lark_part(grammar: str) -> Part:
+    return {"lark_grammar": grammar}
 
 
 def lark_text(text: str) -> str:
@@ -69,13 +88,6 @@ def lark_regex(pattern: str) -> str:
 
 
 ESCAPES = {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}
-
-
-def _led(lead: str, part: Part) -> str:
-    if not lead:
-        return _dump(part)
-    start = f"start: lead @{ANSWER}\nlead[lazy]: /{lark_regex(lead)}/"
-    return compose(start, {ANSWER: part})
 
 
 def _dump(*parts: Part) -> str:

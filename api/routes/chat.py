@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from blacksheep import Request, Response
 
-from api.chat import DEFAULT_STOPS, render
+from api.chat_prompt import chat_prompt
 from api.encode_chat import ChatEncoder
 from api.generation import accept, respond
-from api.message import LEADS, AnswerForm
-from api.placement import follows_text
+from api.message import AnswerForm
 from api.prompt import Prompt
 from api.registry import Replica
 from api.respond import read_json
@@ -24,28 +23,7 @@ def chat_routes(service: Service) -> list[Route]:
         messages = body.chat_messages()
 
         def prompts_for(replica: Replica, base: StateInfo | None) -> list[Prompt]:
-            template = replica.table.template
-            rendered = render(
-                messages,
-                template,
-                is_continuation=follows_text(base),
-                # Without a message the answer goes on in the middle, where white space counts.
-                asks_answer=body.asks_answer and (base is None or bool(messages)),
-                continues_last=body.continues_last,
-                thinking=body.thinking(template),
-            )
-            structure = body.structure(LEADS[rendered.ending])
-            prompt = Prompt(
-                "messages",
-                rendered.text,
-                # A grammar ends the answer itself.
-                DEFAULT_STOPS[template] if structure is None else (),
-                starts=rendered.starts,
-                is_continuation=base is not None,
-                form=AnswerForm(rendered.ending),
-                grammars=() if structure is None else (structure,),
-            )
-            return [prompt]
+            return [chat_prompt(body, messages, replica.table.template, base)]
 
         accepted = await accept(service, request, body, prompts_for, "chatcmpl")
         encoder = ChatEncoder(

@@ -19,7 +19,7 @@ def completion_routes(service: Service) -> list[Route]:
     async def create_completion(request: Request) -> Response:
         body = parse_completion(await read_json(request))
         contents, structure = body.prompts(), body.structure()
-        grammars = () if structure is None else (structure,)
+        grammars = () if structure is None else (structure.behind(),)
 
         def prompts_for(_: Replica, base: StateInfo | None) -> list[Prompt]:
             is_continuation = base is not None

@@ -61,6 +61,7 @@ def _prompt(body: MessagesBody, messages: list[ChatMessage], replica: Replica) -
         replica,
         asks_answer=_asks_answer(messages),
         stops=body.stops,
+        structure=body.structure(),
     )
 
 

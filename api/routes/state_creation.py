@@ -8,6 +8,7 @@ from blacksheep import Request, Response
 
 from api.answers import COMPLETE
 from api.chat import render
+from api.chat_prompt import check_template
 from api.errors import ApiError, draining, from_engine, invalid, state_not_found
 from api.generation import failure_of, state_of
 from api.lifetime import lifetime_of
@@ -116,6 +117,7 @@ def _prompt_of_body(replica: Replica, owner: str, body: StateBody) -> Prompt:
     messages = body.chat
     if messages is None:
         return Prompt("prompt", body.content, is_continuation=base is not None)
+    check_template(messages, replica.table.template)
     rendered = render(
         messages,
         replica.table.template,

@@ -2,7 +2,7 @@
 
 Token number i of every sequence (prompt included) is the i-th character of SCRIPT, so what a
 request must answer follows from the number of its prompt tokens alone. With `reads_seed` it is
-the character number i + seed, so that answers to one prompt differ.
+the character number i + seed, so that answers to one prompt differ. NUL is the end of a text.
 
 The log probability of a token that is drawn is -(seed % 5), that of a token of a prompt minus
 an eighth of its place; other tokens are each one less probable than the one before.
@@ -119,7 +119,8 @@ class ScriptedRunner:
 
     def _token(self, row: Row) -> int:
         seed = self._sampling[row.seat].seed if self.reads_seed else 0
-        return 1 + ord(SCRIPT[(row.position + row.num_tokens + seed) % len(SCRIPT)])
+        char = SCRIPT[(row.position + row.num_tokens + seed) % len(SCRIPT)]
+        return 0 if char == "\0" else 1 + ord(char)
 
 
 def _targets(row: Row) -> bool:

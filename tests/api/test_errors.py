@@ -84,7 +84,7 @@ async def test_crash_in_a_handler_is_500_without_details(tmp_path: Path, monkeyp
     def crash(*_: object, **__: object) -> None:
         raise RuntimeError("secret path /root/x")
 
-    monkeypatch.setattr("api.routes.chat.render", crash)
+    monkeypatch.setattr("api.routes.chat.chat_prompt", crash)
     async with running(tmp_path) as server:
         reply = await server.chat()
     assert_error(reply, 500, "internal_error")

@@ -9,16 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from api.answer_parts import Content, Part, Reasoning
 from api.chat import Ending
-from api.message import (
-    AnswerForm,
-    Content,
-    MessageReader,
-    Part,
-    Reasoning,
-    num_reasoning_tokens,
-    read_whole,
-)
+from api.message import AnswerForm, MessageReader, num_reasoning_tokens, read_whole
 from engine.tokenizer import Tokenizer
 
 BYTES = Tokenizer({byte + 1: bytes([byte]) for byte in range(256)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from anthropic.types import Message, MessageTokensCount, RawMessageStreamEvent
 from anthropic.types.shared import ErrorResponse
 from pydantic import TypeAdapter
 
-from api.chat import DEFAULT_STOPS
+from api.chat import FORMS
 from api.errors import ApiError
 from api.message_body import parse_messages
 from tests.api.harness import Reply, Running, model_table, running
@@ -123,7 +124,7 @@ class TestWhole:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
         end = recited(NUM_HI_TOKENS, 9)[-3:]
-        monkeypatch.setitem(DEFAULT_STOPS, "g1", (end,))
+        monkeypatch.setitem(FORMS, "g1", replace(FORMS["g1"], stops=(end,)))
         async with running(tmp_path) as server:
             message = well(await ask(server, max_tokens=50))
         assert (message.stop_reason, message.stop_sequence) == ("end_turn", None)

@@ -44,6 +44,10 @@ def params(**fields: object) -> SamplingParams:
     return chat(**fields).to_params()
 
 
+def call(name: str, arguments: str) -> dict[str, object]:
+    return {"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
 def refusal(**fields: object) -> ApiError:
     def check() -> None:
         body = chat(**fields)
@@ -265,7 +269,20 @@ def test_values_out_of_range_are_refused_by_name(field: str, value: object):
         ({"role": "user", "content": [{"type": "image_url"}]}, "messages[0].content[0]"),
         ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0]"),
         ({"role": "user", "content": "x", "tool_call_id": "1"}, "messages[0].tool_call_id"),
-        ({"role": "assistant", "tool_calls": [{}]}, "messages[0].tool_calls"),
+        ({"role": "assistant", "tool_calls": [{}]}, "messages[0].tool_calls[0]"),
+        ({"role": "user", "tool_calls": [call("f", "{}")]}, "messages[0].tool_calls"),
+        (
+            {"role": "assistant", "tool_calls": [call("f", "{}"), call("f", "[1]")]},
+            "messages[0].tool_calls[1].function.arguments",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [call("f", '{"a"')]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [call('f"', "{}")]},
+            "messages[0].tool_calls[0].function.name",
+        ),
     ],
 )
 def test_wrong_messages_are_refused_by_place(message: dict[str, object], param: str):
@@ -293,8 +310,6 @@ def test_messages_in_every_accepted_form():
     ("field", "value"),
     [
         ("best_of", 2),
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"),
         ("functions", [{}]),
         ("modalities", ["text", "audio"]),
         ("prompt_logprobs", 1),

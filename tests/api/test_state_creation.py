@@ -53,7 +53,10 @@ class TestCreate:
             ([SYSTEM], "System: Be brief."),
             ([SYSTEM, USER], "System: Be brief.\n\nUser: hi\n\nAssistant:"),
             ([USER, ASSISTANT], "User: hi\n\nAssistant: Hello"),
-            ([{"role": "tool", "content": "42"}], "User: 42\n\nAssistant:"),
+            (
+                [{"role": "tool", "content": "42"}],
+                "### Tool Output\n```json\n42\n```\n### Assistant",
+            ),
         ],
     )
     async def test_from_messages_it_ends_where_the_next_one_speaks(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from api.chat import Ending
-from api.message import LEADS
+from api.message import answer_lead
 from engine.grammar_text import choice, json_schema, lark, regex
 from tests.api.harness import model_table, running
 
@@ -58,7 +58,7 @@ async def test_engine_is_given_the_grammar(tmp_path: Path, fields: dict, expecte
 async def test_thought_comes_before_what_is_structured(tmp_path: Path, effort: str, ending: Ending):
     async with running(tmp_path) as server:
         await server.chat(guided_choice=["a"], reasoning_effort=effort)
-        assert server.engine.requests[0].sampling.grammar == choice(["a"], LEADS[ending])
+        assert server.engine.requests[0].sampling.grammar == choice(["a"], answer_lead(ending, " "))
 
 
 async def test_own_stop_strings_still_count(tmp_path: Path):
@@ -134,4 +134,24 @@ async def test_schema_nested_beyond_reason_is_400(tmp_path: Path):
 async def test_always_thinking_template_has_the_thought_first(tmp_path: Path):
     async with running(tmp_path, model_table(template="rwkv-rs")) as server:
         await server.chat(guided_choice=["a"])
-        assert server.engine.requests[0].sampling.grammar == choice(["a"], LEADS[Ending.THOUGHT])
+        sent = server.engine.requests[0].sampling.grammar
+    assert sent == choice(["a"], answer_lead(Ending.THOUGHT, " "))
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/messages", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}),
+        ("/v1/responses", {"input": "hi", "store": False}),
+    ],
+)
+async def test_other_protocols_follow_grammars_too(tmp_path: Path, path: str, fields: dict):
+    async with running(tmp_path) as server:
+        reply = await server.post(path, {"model": "m", "guided_regex": "a+", **fields})
+        (sent,) = server.engine.requests
+        refused = await server.post(path, {"model": "m", "guided_regex": "(", **fields})
+    assert reply.status == 200, reply
+    assert sent.sampling.grammar == regex("a+", " ")
+    assert sent.sampling.stop == ()
+    assert refused.status == 400
+    assert "unclosed" in refused.body.decode()
