@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import Enum
 from typing import Literal
 
 from api.tool_text import Tool, ToolCall, call_text, definitions, result_text
@@ -71,11 +71,11 @@ OPEN_THOUGHT = re.compile(r"\s*<think>(?!.*</think>)", re.DOTALL)
 class Ending(Enum):
     """Where a prompt leaves the model, which is where its answer begins."""
 
-    MIDDLE = auto()  # somewhere in a text: what comes is the answer as it is
-    LABEL = auto()  # behind "Assistant:"
-    THOUGHT = auto()  # in a thought
-    THOUGHT_TAG = auto()  # in the tag that begins it: the model writes the ">" itself
-    CLOSED_TAG = auto()  # in the tag that ends an empty thought
+    MIDDLE = "middle"  # somewhere in a text: what comes is the answer as it is
+    LABEL = "label"  # behind "Assistant:"
+    THOUGHT = "thought"  # in a thought
+    THOUGHT_TAG = "thought tag"  # in the tag that begins it: the model writes the ">" itself
+    CLOSED_TAG = "closed tag"  # in the tag that ends an empty thought
 
 
 class Thinking(Enum):

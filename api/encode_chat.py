@@ -17,9 +17,9 @@ CHUNK = "chat.completion.chunk"
 
 
 class ChatEncoder:
-    """`form` says what the answers may hold. Log probabilities are told of all tokens, also of
-    those whose text belongs to the form.
+    """`form` says what the answers may hold, `text_before` what a resumed one has said.
 
+    Log probabilities are told of all tokens, also of those whose text belongs to the form.
     `prompt` is needed for token ids.
     """
 
@@ -29,12 +29,15 @@ class ChatEncoder:
         *,
         has_usage_chunk: bool = False,
         form: AnswerForm = AnswerForm(),  # noqa: B008 (frozen)
+        text_before: str = "",
         details: Details | None = None,
         prompt: ChoicePrompt | None = None,
     ) -> None:
         self._head = head
         self._frame = ChunkFrame(head, CHUNK, has_usage_chunk)
         self._readers = [MessageReader(form) for _ in range(head.num_choices)]
+        for reader in self._readers:
+            reader.feed(text_before)
         details = details or Details()
         self._has_token_ids = details.has_token_ids
         tokenizer = details.logprobs_by
@@ -69,7 +72,7 @@ class ChatEncoder:
     def last(self, index: int, delta: OutputDelta) -> list[bytes]:
         assert delta.finish_reason is not None, "not the last delta"
         reader = self._readers[index]
-        held = [self._chunk(index, _delta(part)) for part in reader.finish()]
+        held = [self._chunk(index, _delta(part)) for part in _end(reader, delta)]
         choice: dict[str, object] = {
             "index": index,
             "delta": {},
@@ -89,7 +92,7 @@ class ChatEncoder:
         reader = self._readers[index]
         return {
             "index": index,
-            "message": chat_message(reader.feed(delta.text) + reader.finish()),
+            "message": chat_message(reader.feed(delta.text) + _end(reader, delta)),
             **self._details(index, delta),
             "finish_reason": _finish_reason(delta.finish_reason, reader),
         }
@@ -110,15 +113,14 @@ def chat_message(parts: Sequence[Part]) -> dict[str, object]:
     """The message of a whole answer. A thought has two names, as with vLLM, old and new."""
     content = "".join(part.text for part in parts if isinstance(part, Content))
     reasoning = "".join(part.text for part in parts if isinstance(part, Reasoning))
-    arguments: dict[int, str] = {}
+    called: dict[int, tuple[str, str]] = {}
     for part in parts:
-        if isinstance(part, CallArguments):
-            arguments[part.index] = arguments.get(part.index, "") + part.text
-    calls = [
-        _call(part.name, arguments.get(part.index, ""))
-        for part in parts
-        if isinstance(part, CallBegin)
-    ]
+        if isinstance(part, CallBegin):
+            called[part.index] = part.name, ""
+        elif isinstance(part, CallArguments):  # of a call that may have begun before a resumption
+            name, before = called.get(part.index, ("", ""))
+            called[part.index] = name, before + part.text
+    calls = [_call(name, arguments) for name, arguments in called.values()]
     message: dict[str, object] = {"role": "assistant", "content": content, "refusal": None}
     if reasoning:
         message |= {"reasoning_content": reasoning, "reasoning": reasoning}
@@ -130,6 +132,11 @@ def chat_message(parts: Sequence[Part]) -> dict[str, object]:
 def _call(name: str, arguments: str = "") -> dict[str, object]:
     function = {"name": name, "arguments": arguments}
     return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+
+
+def _end(reader: MessageReader, delta: OutputDelta) -> list[Part]:
+    """What was held back; of a suspended answer it comes when that goes on."""
+    return [] if delta.finish_reason is FinishReason.SUSPENDED else reader.finish()
 
 
 def _finish_reason(reason: FinishReason | None, reader: MessageReader) -> str | None:

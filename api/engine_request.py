@@ -94,6 +94,7 @@ def _request(
         keep_state=body.keep_state(placed.replica.table.state_ttl_s),
         is_resumable=body.resumable or False,
         scores_from=scores_from,
+        memo="" if prompt.prompt.form is None else prompt.prompt.form.memo(),
     )
 
 

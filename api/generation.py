@@ -53,6 +53,7 @@ class Accepted:
     prompts: tuple[ChoicePrompt, ...] = ()  # one per choice
     num_candidates: int = 1  # to each prompt
     form: AnswerForm | None = None  # of a chat's answers
+    text_before: str = ""  # of a resumed answer
 
     def details(self, body: GenerationBody) -> Details:
         """What the encoder is to tell of each choice; of a resumed one, what was asked for once."""
@@ -89,10 +90,11 @@ async def queue(
         raise draining()
     requests: list[EngineRequest] = []
     prompts: list[ChoicePrompt] = []
-    form = None
+    form, resumed = None, None
     if body.resume is not None:
         replica = service.registry.get(body.model)
         streams = [_resumed(replica.client, body.resume, owner, answer_id)]
+        resumed = streams[0].resumed
     else:
 
         def prompts_now(replica: Replica) -> Sequence[Prompt]:
@@ -114,8 +116,18 @@ async def queue(
         num_choices=len(streams) // num_candidates * body.num_choices,
         returns_state=any(request.keep_state is not None for request in requests),
     )
-    answers = Answers(streams)
-    return Accepted(head, replica, answers, tuple(requests), tuple(prompts), num_candidates, form)
+    if resumed is not None and resumed.memo:
+        form = AnswerForm.of_memo(resumed.memo)
+    return Accepted(
+        head,
+        replica,
+        Answers(streams),
+        tuple(requests),
+        tuple(prompts),
+        num_candidates,
+        form,
+        text_before="" if resumed is None else resumed.text,
+    )
 
 
 async def respond(
@@ -208,7 +220,7 @@ def usage_for(accepted: Accepted, candidates: Sequence[OutputDelta]) -> Usage:
     context_len = table.max_context_len if table.context_policy == "report" else 0
     tokenizer, form = accepted.replica.client.tokenizer, accepted.form
     num_reasoning = None
-    if form is not None:
+    if form is not None and accepted.requests:  # the tokens before a resumed part are not known
         num_reasoning = sum(
             num_reasoning_tokens(form, tokenizer, answer.token_ids) for answer in candidates
         )

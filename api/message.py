@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
+import msgspec
+
 from api.answer_parts import Content, Part, Reasoning, num_uncertain
 from api.call_reader import CallReader
 from api.chat import Ending
@@ -23,6 +25,14 @@ class AnswerForm:
     ending: Ending = Ending.MIDDLE
     has_calls: bool = False
     has_text: bool = True  # beside calls
+
+    def memo(self) -> str:
+        """As a text, so that a resumed answer is read on as it began."""
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def of_memo(cls, memo: str) -> AnswerForm:
+        return msgspec.json.decode(memo, type=cls)
 
 
 def thought_lead(ending: Ending) -> str:

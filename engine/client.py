@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Protocol
 
@@ -136,6 +136,14 @@ class EngineClient(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """What a resumed request was before: its memo, and the text that was delivered."""
+
+    memo: str
+    text: str
+
+
 class RequestStream(AsyncIterator[OutputDelta]):
     """The mailbox of one request: the engine puts, one reader takes everything at once.
 
@@ -146,6 +154,7 @@ class RequestStream(AsyncIterator[OutputDelta]):
     def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
         self.request_id = request_id
         self.submitted_s = perf_counter()
+        self.resumed: Resumed | None = None
         self._abort = abort
         self._pending: OutputDelta | None = None
         self._is_finished = False  # the last delta was put

@@ -13,7 +13,7 @@ from dataclasses import replace
 from time import perf_counter
 
 from engine.admission import check_grammar, check_request
-from engine.client import RequestStream, States
+from engine.client import RequestStream, Resumed, States
 from engine.errors import Draining, EngineDead, EngineError, InvalidRequest, Overloaded
 from engine.grammar import GrammarCompiler
 from engine.keeper import StateKeeper
@@ -141,14 +141,16 @@ class EngineCore:
         suspensions = self._persistence.suspensions
         seq = suspensions.take(resume_id, owner, request_id, self._responses.next_seq_id())
         stream = RequestStream(request_id, self.abort)
+        memo = seq.request.memo
         if seq.status is SequenceStatus.WAITING:
+            stream.resumed = Resumed(memo, "")
             self._enqueue(seq.request, stream)
             return stream
         with suppress(InvalidRequest):  # needed only to keep the state at the end
             seq.base = self._store.base_of(seq.request)
             if seq.base is not None:
                 self._cache.tiers.hold(seq.base)
-        self._responses.begin(seq, stream).replay()
+        stream.resumed = Resumed(memo, self._responses.begin(seq, stream).replay())
         return stream
 
     def rescan(self) -> None:

@@ -55,14 +55,14 @@ class Response:
         """A stop string was found: the request is to end here."""
         return self._output.matched_stop is not None
 
-    def replay(self) -> None:
-        """Be where a suspended answer was: what its tokens said was delivered then."""
-        for token_id in self.seq.output_ids:
-            self._push(token_id)
+    def replay(self) -> str:
+        """Be where a suspended answer was; the text that was delivered then."""
+        text = "".join(map(self._push, self.seq.output_ids))
         self._num_shown = len(self.seq.output_ids) - self._num_uncertain()
         shown = self.seq.output_ids[: self._num_shown]
         self._num_earlier_bytes = sum(len(self._token_bytes(token_id)) for token_id in shown)
         self._has_shown_prompt = bool(self.seq.output_ids)
+        return text
 
     def seal_request(self, tokenizer: Tokenizer) -> EngineRequest:
         """What computes the state after the last emitted token: a prompt without an answer."""

@@ -123,6 +123,7 @@ class EngineRequest:
     initial_state: str | None = None  # name of a tuned state that stands for the zero state
     keep_state: StateOptions | None = None  # file the state after the last emitted token
     is_resumable: bool = False  # a graceful stop writes it to disk instead of aborting it
+    memo: str = ""  # for whoever submits it; who resumes it is given it back
     # The prompt tokens from this index on get log probabilities, with top ones as `sampling` says;
     # the first one of the prompt never has one. States are reused for what comes before them only.
     scores_from: int | None = None

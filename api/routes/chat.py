@@ -30,6 +30,7 @@ def chat_routes(service: Service) -> list[Route]:
             accepted.head,
             has_usage_chunk=body.has_usage_chunk,
             form=accepted.form or AnswerForm(),
+            text_before=accepted.text_before,
             details=accepted.details(body),
             prompt=accepted.prompts[0] if accepted.prompts else None,
         )

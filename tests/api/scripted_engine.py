@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import count
 
-from engine.client import RequestStream
+from engine.client import RequestStream, Resumed
 from engine.core import EngineCore
 from engine.errors import Draining, InvalidRequest, StateMismatch, StateNotFound, StatesFull
 from engine.types import (
@@ -165,7 +165,9 @@ class ScriptedEngine(EngineCore):
             raise StateNotFound(f"nothing is suspended as {resume_id!r}", "resume_id")
         del self.disk.suspended[resume_id]
         request = replace(found.request, request_id=request_id)
-        return self._submit_inner(request, (), request.prompt_ids, found.output_ids)
+        stream = self._submit_inner(request, (), request.prompt_ids, found.output_ids)
+        stream.resumed = Resumed(request.memo, self.tokenizer.decode(found.output_ids))
+        return stream
 
     async def drain(self, timeout_s: float, *, suspends: bool = False) -> bool:
         self._is_suspending = suspends

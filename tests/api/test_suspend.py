@@ -10,6 +10,7 @@ import pytest
 
 from api.errors import ApiError
 from api.schemas import parse_chat, parse_completion
+from api.tool_text import ToolCall, call_text
 from tests.api.harness import Reply, Running, chat_body, eventually, model_table, running
 from tests.api.reloading import upsert
 from tests.api.scripted import recited
@@ -177,3 +178,62 @@ def test_only_one_answer_is_resumable():
     with pytest.raises(ApiError) as caught:
         parse_chat(json.dumps(chat_body(n=2, resumable=True)).encode())
     assert caught.value.param == "resumable"
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_thought_and_call_go_on_as_what_they_are(
+    tmp_path: Path, is_stream: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Suspended in the thought, and again in the arguments of the call."""
+    call = call_text(ToolCall("now", '{"zone": "%s"}' % ("z" * 60)))
+    answer = f">\n{'Hm. ' * 30}</think>\n{call}\0"
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+    body = {
+        "tools": [tool], "reasoning_effort": "high", "max_tokens": len(answer), "stream": is_stream,
+    }  # fmt: skip
+    async with running(tmp_path, model_table(**TABLE)) as server:
+        num_prompt = (await server.chat(**body | {"stream": False})).json()["usage"]
+        script = "." * num_prompt["prompt_tokens"] + answer
+        monkeypatch.setattr("tests.api.scripted.SCRIPT", script)
+        server.runner.delay_s = 0.002
+        pieces = []
+        asked = asyncio.create_task(server.chat(**body, resumable=True))
+        for num_drawn in (30, 170):
+            await eventually(lambda least=num_drawn: most_drawn(server) > least)
+            await server.engine.drain(5, suspends=True)
+            pieces.append(message_of(await asked, is_stream))
+            size = {"model_name": "m", "max_batch_size": 2 + len(pieces)}
+            assert (await upsert(server, size)).status == 200
+            server.runner.delay_s = 0.002
+            again = {"model": "m", "resume": pieces[-1]["resume"], "stream": is_stream}
+            asked = asyncio.create_task(server.post("/v1/chat/completions", again))
+        pieces.append(message_of(await asked, is_stream))
+    assert [piece["reason"] for piece in pieces] == ["suspended", "suspended", "tool_calls"]
+    assert "".join(piece["reasoning"] for piece in pieces) == ("Hm. " * 30).strip()
+    assert all(piece["reasoning"] for piece in pieces[:2])
+    assert all(piece["arguments"] for piece in pieces[1:])
+    assert "".join(piece["content"] for piece in pieces) == ""
+    assert "".join(piece["names"] for piece in pieces) == "now"
+    assert "".join(piece["arguments"] for piece in pieces) == '{"zone": "%s"}' % ("z" * 60)
+
+
+def most_drawn(server: Running) -> int:
+    """Tokens of the answer that is furthest, since the engine was made."""
+    return max((len(one.seq.output_ids) for one in server.engine._responses), default=0)
+
+
+def message_of(reply: Reply, is_stream: bool) -> dict:
+    """What came of a message, with how it ended."""
+    assert reply.status == 200, reply
+    answers = reply.events() if is_stream else [reply.json()]
+    choices = [answer["choices"][0] for answer in answers]
+    deltas = [choice["delta" if is_stream else "message"] for choice in choices]
+    calls = [call["function"] for delta in deltas for call in delta.get("tool_calls", [])]
+    return {
+        "reasoning": "".join(delta.get("reasoning_content") or "" for delta in deltas),
+        "content": "".join(delta.get("content") or "" for delta in deltas),
+        "names": "".join(call.get("name") or "" for call in calls),
+        "arguments": "".join(call["arguments"] for call in calls),
+        "reason": choices[-1]["finish_reason"],
+        "resume": answers[-1].get("resume", {}).get("id"),
+    }

@@ -10,6 +10,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from engine.client import Resumed
 from engine.core import EngineCore
 from engine.errors import InvalidRequest
 from engine.grammar_text import choice, json_schema, regex
@@ -85,13 +86,15 @@ async def test_suspended_answer_goes_on_in_its_grammar(tmp_path: Path) -> None:
     async with opened(table) as core:
         whole = await ask(core, PROMPT, params)
     async with opened(table) as core:
-        stream = core.submit(request(PROMPT, params, is_resumable=True))
+        stream = core.submit(request(PROMPT, params, is_resumable=True, memo="a note"))
         first = await anext(stream)
         await core.drain(10, suspends=True)
         rest = await stream.collect()
     assert rest.finish_reason is FinishReason.SUSPENDED
     async with opened(table) as core:
-        end = await core.resume(rest.resume_id or "", "me", "again").collect()
+        resumed = core.resume(rest.resume_id or "", "me", "again")
+        assert resumed.resumed == Resumed("a note", first.text + rest.text)
+        end = await resumed.collect()
     assert end.finish_reason is FinishReason.STOP
     assert first.text + rest.text + end.text == whole.text
 
