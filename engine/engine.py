@@ -251,6 +251,8 @@ class Engine:
     ) -> AsyncIterator[OutputDelta]:
         """Deltas of one request. A text prompt gets the begin-of-document token 0 in front."""
         ids = (0, *self.core.tokenizer.encode(prompt)) if isinstance(prompt, str) else tuple(prompt)
+        if sampling is not None and sampling.grammar is not None:
+            await self.core.prepare(sampling.grammar)
         stream = self.core.submit(
             EngineRequest(
                 request_id=f"local-{os.getpid()}-{next(self._ids)}",

@@ -130,9 +130,9 @@ async def test_pipelined_upload_has_time_until_the_answer_before_it_is_out(tmp_p
         reader, writer = await server.open()
         writer.write(sent + sent[:-5])
         async with asyncio.timeout(10):
-            await reader.readuntil(b'"cached_tokens":0}}}')
+            await reader.readuntil(b'"reasoning_tokens":0}}}')
             writer.write(sent[-5:])
-            assert b" 200 OK" in await reader.readuntil(b'"cached_tokens":0}}}')
+            assert b" 200 OK" in await reader.readuntil(b'"reasoning_tokens":0}}}')
         writer.close()
 
 
