@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from api.answer_reader import AnswerForm, answer_lead, thought_lead
 from api.chat import ChatMessage, Template, render
 from api.errors import invalid
-from api.message import AnswerForm, answer_lead, thought_lead
 from api.placement import follows_text
 from api.prompt import Prompt
 from api.schemas import ChatBody

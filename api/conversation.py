@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from api.answer_reader import answer_lead
 from api.chat import ChatMessage, render
-from api.message import answer_lead
 from api.placement import follows_text
 from api.prompt import Prompt
 from api.registry import Replica

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import orjson
 
 from api.answer_parts import CallArguments, CallBegin, Content, Part, Reasoning
+from api.answer_reader import AnswerForm, MessageReader
 from api.encode import AnswerHead, ChoicePrompt, ChunkFrame, Details, Usage, whole_answer
 from api.logprobs import ChatLogprobs
-from api.message import AnswerForm, MessageReader
 from engine.types import FinishReason, OutputDelta
 
 CHUNK = "chat.completion.chunk"

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from blacksheep import Request, Response, StreamedContent
 
+from api.answer_reader import AnswerForm, num_reasoning_tokens
 from api.answers import COMPLETE, AnswerFailed, Answers, best
 from api.encode import AnswerHead, ChoicePrompt, Details, Encoder, Usage, usage_of
 from api.engine_request import check_room, choice_prompts, engine_requests
 from api.errors import ApiError, draining, from_engine, timed_out
 from api.generation_body import GenerationBody
 from api.lifetime import lifetime_of
-from api.message import AnswerForm, num_reasoning_tokens
 from api.placement import Placed, place
 from api.prompt import Prompt
 from api.recent import recent_response

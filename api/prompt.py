@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from api.message import AnswerForm
+from api.answer_reader import AnswerForm
 from api.structured import NamedGrammar
 from engine.tokenizer import Tokenizer
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from blacksheep import Request, Response
 
+from api.answer_reader import AnswerForm
 from api.chat_prompt import chat_prompt
 from api.encode_chat import ChatEncoder
 from api.generation import accept, respond
-from api.message import AnswerForm
 from api.prompt import Prompt
 from api.registry import Replica
 from api.respond import read_json

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from api.answer_reader import answer_lead
 from api.chat import Ending
-from api.message import answer_lead
 from engine.grammar_text import choice, json_schema, lark, regex
 from tests.api.harness import model_table, running
 

@@ -11,8 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from api.answer_parts import CallArguments, CallBegin, Content, Part, Reasoning
+from api.answer_reader import AnswerForm, MessageReader, read_whole, thought_lead
 from api.chat import ChatMessage, Ending, Thinking, collapse, render
-from api.message import AnswerForm, MessageReader, read_whole, thought_lead
 from api.tool_text import Tool, ToolCall, ToolUse, call_text, tools_grammar
 from engine.grammar_text import schema_part
 from tests.engine.test_grammar import accepts, wander

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.answer_parts import Content, Part, Reasoning
+from api.answer_reader import AnswerForm, MessageReader, num_reasoning_tokens, read_whole
 from api.chat import Ending
-from api.message import AnswerForm, MessageReader, num_reasoning_tokens, read_whole
 from engine.tokenizer import Tokenizer
 
 BYTES = Tokenizer({byte + 1: bytes([byte]) for byte in range(256)})
