@@ -57,6 +57,7 @@ def check_request(
         )
     _check_ids("prompt_ids", ids, vocab_size)
     _check_cache_fields(request)
+    _check_hidden(request)
     if request.scores_from is not None and not 0 <= request.scores_from <= len(ids):
         raise InvalidRequest(
             f"scores_from = {request.scores_from}: must be from 0 to {len(ids)}, the tokens of the"
@@ -100,6 +101,21 @@ def check_grammar(sampling: SamplingParams, grammars: GrammarCompiler | None) ->
             "min_tokens",
         )
     grammars.matcher(sampling.grammar)
+
+
+def _check_hidden(request: EngineRequest) -> None:
+    if not request.returns_hidden:
+        return
+    if not request.prompt_ids:
+        raise InvalidRequest(
+            "prompt_ids is empty: the row of a token is asked for, send one at least", "prompt_ids"
+        )
+    if request.sampling.max_tokens != 0 or request.keep_state or request.scores_from is not None:
+        raise InvalidRequest(
+            "returns_hidden asks for nothing but a row of the prompt: leave out keep_state and"
+            " scores_from, and set max_tokens = 0",
+            "returns_hidden",
+        )
 
 
 def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:

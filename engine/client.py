@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from engine.tokenizer import Tokenizer
 from engine.types import (
@@ -22,6 +22,9 @@ from engine.types import (
     StateInfo,
     StateOptions,
 )
+
+if TYPE_CHECKING:
+    from engine.batch import Batch
 
 
 class States(Protocol):
@@ -85,6 +88,10 @@ class EngineClient(Protocol):
 
     def submit(self, request: EngineRequest) -> RequestStream:
         """Queue a request. Raises InvalidRequest, Overloaded, Draining or EngineDead at once."""
+        ...
+
+    def open_batch(self) -> Batch:
+        """Accept requests that come a few at a time. Raises Overloaded, Draining or EngineDead."""
         ...
 
     def resume(self, resume_id: str, owner: str, request_id: str) -> RequestStream:
@@ -211,10 +218,14 @@ class RequestStream(AsyncIterator[OutputDelta]):
                 alarm.cancel()
         return None if self._pending is None else await anext(self)
 
-    def close(self) -> None:
-        """Abort the request unless it has ended. Synchronous, so it works in any `finally`."""
+    def abort(self) -> None:
+        """End the request now; its reader finds what there is, and FinishReason.ABORT."""
         if not self._is_finished:
             self._abort(self.request_id)
+
+    def close(self) -> None:
+        """Abort the request unless it has ended. Synchronous, so it works in any `finally`."""
+        self.abort()
         self._is_read = True
 
     async def collect(self) -> OutputDelta:

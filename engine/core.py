@@ -13,6 +13,7 @@ from dataclasses import replace
 from time import perf_counter
 
 from engine.admission import check_grammar, check_request
+from engine.batch import Batch
 from engine.client import RequestStream, Resumed, States
 from engine.errors import Draining, EngineDead, EngineError, InvalidRequest, Overloaded
 from engine.grammar import GrammarCompiler
@@ -120,24 +121,26 @@ class EngineCore:
 
     def submit(self, request: EngineRequest) -> RequestStream:
         """Queue a request. Raises InvalidRequest, Overloaded, Draining or EngineDead at once."""
+        self._check_open()
         self._check_acceptable(request)
-        scheduler, limits = self._scheduler, self._scheduler.limits
-        if scheduler.num_waiting - scheduler.num_admissible >= limits.max_waiting:
-            retry_s = self._responses.rate.retry_after_s(scheduler.num_waiting, perf_counter())
-            raise Overloaded(
-                f"{scheduler.num_waiting} requests wait already (max_waiting ="
-                f" {limits.max_waiting}): try again in {retry_s:.0f} s",
-                retry_s,
-            )
+        self._check_queue()
         if request.keep_state is not None:
             self._store.check_room(self._num_coming_states)
         stream = RequestStream(request.request_id, self.abort)
         self._enqueue(request, stream)
         return stream
 
+    def open_batch(self) -> Batch:
+        """Accept requests that come a few at a time. Raises Overloaded, Draining or EngineDead."""
+        self._check_open()
+        self._check_queue()
+        self._responses.hold_open()
+        return Batch(self._submit_part, self._responses.let_end)
+
     def resume(self, resume_id: str, owner: str, request_id: str) -> RequestStream:
         """Go on with a suspended generation. Raises StateNotFound, Draining or EngineDead."""
-        self._check_open(request_id)
+        self._check_open()
+        self._check_id(request_id)
         suspensions = self._persistence.suspensions
         seq = suspensions.take(resume_id, owner, request_id, self._responses.next_seq_id())
         stream = RequestStream(request_id, self.abort)
@@ -177,6 +180,7 @@ class EngineCore:
         if stream.is_closed:
             return
         try:
+            self._check_open()
             self._check_acceptable(request)
         except EngineError as error:
             stream.put(
@@ -239,11 +243,26 @@ class EngineCore:
         """States that were promised and are not filed yet."""
         return self._responses.num_promised_states + self._keeper.num_imports
 
-    def _check_open(self, request_id: str) -> None:
-        if self._death is not None:
-            raise EngineDead(f"{self._info.model_name} is out of service: {self._death}")
+    def _check_open(self) -> None:
+        self._check_alive()
         if not self._is_accepting:
             raise Draining(f"{self._info.model_name} is shutting down and takes nothing new")
+
+    def _check_alive(self) -> None:
+        if self._death is not None:
+            raise EngineDead(f"{self._info.model_name} is out of service: {self._death}")
+
+    def _check_queue(self) -> None:
+        scheduler, limits = self._scheduler, self._scheduler.limits
+        if scheduler.num_waiting - scheduler.num_admissible >= limits.max_waiting:
+            retry_s = self._responses.rate.retry_after_s(scheduler.num_waiting, perf_counter())
+            raise Overloaded(
+                f"{scheduler.num_waiting} requests wait already (max_waiting ="
+                f" {limits.max_waiting}): try again in {retry_s:.0f} s",
+                retry_s,
+            )
+
+    def _check_id(self, request_id: str) -> None:
         if request_id in self._responses:
             raise InvalidRequest(
                 f"request_id = {request_id!r} is in use by a request not yet finished",
@@ -251,7 +270,7 @@ class EngineCore:
             )
 
     def _check_acceptable(self, request: EngineRequest) -> None:
-        self._check_open(request.request_id)
+        self._check_id(request.request_id)
         limits = self._scheduler.limits
         base = self._store.base_of(request)
         check_request(
@@ -263,6 +282,16 @@ class EngineCore:
         check_grammar(request.sampling, self._grammars)
         if request.keep_state is not None and self._info.num_frames == 0:
             raise InvalidRequest("states need host memory: set host_state_mib", "keep_state")
+
+    def _submit_part(self, request: EngineRequest) -> RequestStream:
+        """Of a batch that was accepted before."""
+        self._check_alive()
+        if self._closing is not None:
+            raise Draining(f"{self._info.model_name} is shut down")
+        self._check_acceptable(request)
+        stream = RequestStream(request.request_id, self.abort)
+        self._enqueue(request, stream)
+        return stream
 
     def _enqueue(self, request: EngineRequest, stream: RequestStream) -> None:
         max_tokens = request.sampling.max_tokens

@@ -93,6 +93,7 @@ class Row:
     sample: bool  # the last token of the row gives logits and a draw
     keep_logits: bool = False  # leave the logits after the last token with `dst`
     targets: Targets | None = None  # tokens of the prompt whose log probabilities are wanted
+    returns_hidden: bool = False  # of a sampling row: hand out the last token's row after ln_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,15 @@ class Draw(NamedTuple):
     top: TopLogprobs
 
 
+class RowResult(NamedTuple):
+    """What came of a row; `hidden` is empty where it returns none."""
+
+    row: Row
+    draw: Draw | None
+    scores: Scores | None
+    hidden: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What came back: one token per sampling row, in plan order.
@@ -131,8 +141,9 @@ class StepResult:
     `logprobs` are natural logarithms of the probabilities that the model itself gave those
     tokens, before penalties, temperature and limits: as many as tokens (NaN where the row's
     sampling did not ask), or empty if nobody asked. `tops` likewise, () where it did not ask.
-    `scores` has one entry for each row with `targets`, in plan order. `error` fails the rows of
-    this step and whatever it moved; with `is_fatal` the device cannot be used any more.
+    `scores` has one entry for each row with `targets`, `hidden` one for each row that returns it
+    (of the model after ln_out, native float32), in plan order. `error` fails the rows of this
+    step and whatever it moved; with `is_fatal` the device cannot be used any more.
     """
 
     step_id: int
@@ -143,17 +154,23 @@ class StepResult:
     logprobs: tuple[float, ...] = ()
     tops: tuple[TopLogprobs, ...] = ()
     scores: tuple[Scores, ...] = ()
+    hidden: tuple[bytes, ...] = ()
 
-    def by_row(self, plan: StepPlan) -> Iterator[tuple[Row, Draw | None, Scores | None]]:
-        """Each row with what it drew and what it found out about the prompt."""
+    def by_row(self, plan: StepPlan) -> Iterator[RowResult]:
+        """What each row drew, found out about the prompt, and returns."""
         num_draws, num_scores = len(self.tokens), len(self.scores)
         assert num_draws == sum(row.sample for row in plan.rows), f"{num_draws} draws"
         assert num_scores == sum(bool(row.targets) for row in plan.rows), f"{num_scores} scores"
         logprobs, tops = self.logprobs or (nan,) * num_draws, self.tops or ((),) * num_draws
         draws = map(Draw, self.tokens, logprobs, tops)
-        scores = iter(self.scores)
+        scores, hidden = iter(self.scores), iter(self.hidden)
         for row in plan.rows:
-            yield row, next(draws) if row.sample else None, next(scores) if row.targets else None
+            yield RowResult(
+                row,
+                next(draws) if row.sample else None,
+                next(scores) if row.targets else None,
+                next(hidden) if row.returns_hidden else b"",
+            )
 
 
 class Runner(Protocol):

@@ -142,6 +142,7 @@ class Response:
             num_state_tokens=seq.num_base_tokens,
             state=None if reason is None else self.state,
             resume_id=resume_id,
+            hidden=b"" if reason is None else seq.hidden,
         )
         self._num_shown = end
         self._has_shown_prompt = self._has_shown_prompt or has_news

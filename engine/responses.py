@@ -41,6 +41,7 @@ class Responses:
         self._seq_ids = count()
         self._responses: dict[str, Response] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._num_open_batches = 0
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -88,9 +89,17 @@ class Responses:
         if timer is not None:
             timer.cancel()
         response = self._responses.pop(request_id)
-        if not self._responses:
-            self._empty.set()
+        self._note_empty()
         return response
+
+    def hold_open(self) -> None:
+        """More requests are to come that belong to those accepted: nothing is over before."""
+        self._num_open_batches += 1
+        self._empty.clear()
+
+    def let_end(self) -> None:
+        self._num_open_batches -= 1
+        self._note_empty()
 
     async def wait_until_empty(self) -> None:
         await self._empty.wait()
@@ -161,6 +170,10 @@ class Responses:
         if response.base is not None:
             self._scheduler.cache.let_go(response.base)
             response.base = None
+
+    def _note_empty(self) -> None:
+        if not self._responses and not self._num_open_batches:
+            self._empty.set()
 
     def _add(self, response: Response) -> None:
         """The deadline counts from when the request was submitted, wherever that was."""

@@ -86,6 +86,7 @@ class ModelRunner:
                     logprobs=draws.logprobs,
                     tops=draws.tops,
                     scores=draws.scores,
+                    hidden=draws.hidden,
                 )
             on_result(result)
 
@@ -101,7 +102,8 @@ class ModelRunner:
         prefill = [row for row in plan.rows if row.num_tokens > 1]
         again = [row for row in plan.rows if row.num_tokens == 0]
         scores: dict[int, Scores] = {}  # by seq_id
-        parts = [self._forward(rows, scores) for rows in (decode, prefill) if rows]
+        hidden: dict[int, Tensor] = {}  # likewise
+        parts = [self._forward(rows, scores, hidden) for rows in (decode, prefill) if rows]
         if again:
             parts.append(self._kept_logits(again))
         drawn = [row for row in decode + prefill + again if row.sample]
@@ -110,15 +112,24 @@ class ModelRunner:
             self._storage.synchronize()
         places = {row.seq_id: i for i, row in enumerate(drawn)}
         draws = draws.picked([places[row.seq_id] for row in plan.rows if row.sample])
-        return draws._replace(scores=tuple(scores[row.seq_id] for row in plan.rows if row.targets))
+        returned = [hidden[row.seq_id] for row in plan.rows if row.returns_hidden]
+        return draws._replace(
+            scores=tuple(scores[row.seq_id] for row in plan.rows if row.targets),
+            hidden=tuple(map(_float32_bytes, returned)),
+        )
 
     def _take_seat(self, start: SeatStart) -> None:
         self._sampler.start(start.seat, start.sampling, start.output_ids)
         if start.output_ids:
             self._next_token[start.seat] = start.output_ids[-1]
 
-    def _forward(self, rows: list[Row], scores: dict[int, Scores]) -> Tensor:
-        """Run the model; the logits [R, V] of the R sampling rows, in order. Fills in `scores`."""
+    def _forward(
+        self, rows: list[Row], scores: dict[int, Scores], hidden: dict[int, Tensor]
+    ) -> Tensor:
+        """Run the model; the logits [R, V] of the R sampling rows, in order.
+
+        Fills in `scores`, and `hidden` with the row [C] of the last token of those that return it.
+        """
         for row in rows:
             assert row.dst.slot != ZERO_SLOT, f"row of sequence {row.seq_id} writes the zero page"
         batch = Batch(
@@ -135,6 +146,7 @@ class ModelRunner:
         picked = self._storage.indices([last for last, _ in wanted])
         # In the type they are kept in, so that a draw from kept logits is the same draw.
         logits: Tensor = self._model.head(hidden_TC[picked]).to(self._storage.logits.dtype)
+        hidden |= {row.seq_id: hidden_TC[last] for last, row in wanted if row.returns_hidden}
         kept = [i for i, (_, row) in enumerate(wanted) if row.keep_logits]
         if kept:
             slots = self._storage.indices([wanted[i][1].dst.slot for i in kept])
@@ -188,3 +200,8 @@ class ModelRunner:
 
 def _has_logits(row: Row) -> bool:
     return row.sample or row.keep_logits
+
+
+def _float32_bytes(row_C: Tensor) -> bytes:
+    data: bytes = row_C.float().cpu().numpy().tobytes()
+    return data

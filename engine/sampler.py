@@ -39,6 +39,7 @@ class Draws(NamedTuple):
     logprobs: tuple[float, ...] = ()
     tops: tuple[TopLogprobs, ...] = ()
     scores: tuple[Scores, ...] = ()
+    hidden: tuple[bytes, ...] = ()  # the runner's: of rows that return it
 
     def picked(self, rows: Sequence[int]) -> Draws:
         """The draws of some rows, in their order."""

@@ -88,10 +88,9 @@ class Scheduler:
         self._enqueue(seq)
 
     def take_waiting(self, staying: Collection[Sequence] = ()) -> list[Sequence]:
-        """Hand over everybody who has not begun, in order, but those who are `staying`; this
+        """Hand over who has not begun and may leave, in order, but those who are `staying`; this
         scheduler forgets them."""
-        is_new = SequenceStatus.WAITING
-        taken = [seq for seq in self._waiting if seq.status is is_new and seq not in staying]
+        taken = [seq for seq in self._waiting if seq.is_portable and seq not in staying]
         self._waiting = [seq for seq in self._waiting if seq not in taken]
         for seq in taken:
             self.cache.release(seq)
@@ -179,10 +178,11 @@ class Scheduler:
         if result.error is not None:
             return self._fail_rows(plan, result.error)
         progress = []
-        for row, draw, scores in result.by_row(plan):
+        for row, draw, scores, hidden in result.by_row(plan):
             seq = self._begun(row.seq_id)
             if seq is None:
                 continue
+            seq.hidden = hidden
             seq.num_computed += row.num_tokens
             seq.num_rows_in_flight -= 1
             seq.owes_draw = False
@@ -344,6 +344,7 @@ class Scheduler:
             sample=end >= seq.num_prompt_tokens,  # also to see that a state to keep is sound
             keep_logits=num_tokens > 0 and not is_decode and self.cache.keeps_logits(seq, end),
             targets=seq.targets(begin, end),
+            returns_hidden=seq.request.returns_hidden and end == seq.num_prompt_tokens,
         )
 
     def _take_draw(self, seq: Sequence, draw: Draw) -> Progress:

@@ -58,6 +58,7 @@ class Sequence:
     tops: list[TopLogprobs] = field(default_factory=list)  # likewise
     prompt_logprobs: list[float] = field(default_factory=list)  # likewise, from scores_from on
     prompt_tops: list[TopLogprobs] = field(default_factory=list)
+    hidden: bytes = b""  # if it was asked for: the last prompt token's row, when it is computed
     status: SequenceStatus = SequenceStatus.WAITING
     num_planned: int = 0
     num_computed: int = 0
@@ -74,8 +75,8 @@ class Sequence:
     slot: SlotRef | None = None  # its live page
     is_loading: bool = False  # that page is being loaded by the plan in the making
     parked: Page | None = None  # while SWAPPED: its state after num_planned tokens
-    frame: SlotRef | None = None  # with max_tokens = 0: where its state will be brought
-    kept: Page | None = None  # at the end of a request with max_tokens = 0: its state, held
+    frame: SlotRef | None = None  # with keeps_prompt: where its state will be brought
+    kept: Page | None = None  # with keeps_prompt, at the end: its state, held
     num_cached_tokens: int = 0  # of the prompt, taken from a snapshot
     chain: list[bytes] = field(default_factory=list)  # links of its paragraphs, as far as needed
     end_digest: bytes = b""  # of the whole prompt
@@ -103,6 +104,11 @@ class Sequence:
         return self.num_rows_in_flight == 0
 
     @property
+    def is_portable(self) -> bool:
+        """It has not begun, and another engine may do it instead."""
+        return self.status is SequenceStatus.WAITING and not self.request.is_bound
+
+    @property
     def needs_prefill(self) -> bool:
         """Some of the prompt has not been planned."""
         return self.num_planned < self.num_prompt_tokens
@@ -125,9 +131,9 @@ class Sequence:
     @property
     def max_reused_tokens(self) -> int:
         """Tokens of the prompt that need not be computed if there is a state after them."""
-        if self.first_scored is None:
-            return self.num_prompt_tokens
-        return self.first_scored - 1
+        if self.first_scored is not None:
+            return self.first_scored - 1
+        return self.num_prompt_tokens - self.request.returns_hidden
 
     @property
     def first_scored(self) -> int | None:

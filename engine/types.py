@@ -127,6 +127,9 @@ class EngineRequest:
     # The prompt tokens from this index on get log probabilities, with top ones as `sampling` says;
     # the first one of the prompt never has one. States are reused for what comes before them only.
     scores_from: int | None = None
+    # The answer is the last prompt token's row of the model, after ln_out: with max_tokens = 0.
+    returns_hidden: bool = False
+    is_bound: bool = False  # while it waits, it is not handed over to another engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +162,7 @@ class OutputDelta:
     num_state_tokens: int = 0  # of the state that the prompt went on from
     state: StateInfo | None = None  # in the last delta: what `keep_state` filed
     resume_id: str | None = None  # in the last delta: what `resume` goes on with
+    hidden: bytes = b""  # in the last delta: what `returns_hidden` asked for, native float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

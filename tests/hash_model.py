@@ -38,6 +38,11 @@ def feed(state: int, token: int) -> int:
     return (state * BASE + token + 1) % MODULUS
 
 
+def hidden_of(state: int) -> bytes:
+    """What stands for the row of the last token."""
+    return state.to_bytes(8, "little")
+
+
 def draw(state: int, history: int, seed: int, position: int, bad_every: int) -> int:
     """The token at `position`. One state in `bad_every` gives BAD_TOKEN, none when that is 0:
     whether logits are finite is a matter of the state alone."""
@@ -139,9 +144,10 @@ class HashModel:
         for row, state in zip(plan.rows, states, strict=True):
             if row.num_tokens > 0:
                 self._write(row.dst, state, has_logits=row.keep_logits)
-        pairs = zip(plan.rows, states, strict=True)
+        pairs = [*zip(plan.rows, states, strict=True)]
         tokens = tuple(self._sample(row, state) for row, state in pairs if row.sample)
-        return StepResult(plan.step_id, tokens, scores=scores)
+        hidden = tuple(hidden_of(state) for row, state in pairs if row.returns_hidden)
+        return StepResult(plan.step_id, tokens, scores=scores, hidden=hidden)
 
     def fail(self, plan: StepPlan, *, is_fatal: bool = False) -> StepResult:
         """A step that broke half way: every seat and page it was to set holds garbage."""

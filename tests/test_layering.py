@@ -30,6 +30,7 @@ MAY_IMPORT = {
 WITHOUT_TORCH = (
     "engine",
     "engine.admission",
+    "engine.batch",
     "engine.client",
     "engine.core",
     "engine.errors",

@@ -35,7 +35,8 @@ class Matching:
         """The deepest page to begin from, and the tokens of the prompt that it saves.
 
         All of them where the page has logits. A page of the cache that has to come from the disk
-        counts only for who has not asked there yet, and none that is past tokens to be scored.
+        counts only for who has not asked there yet, and none that is past tokens whose rows or
+        log probabilities are wanted.
         """
         self.chain_up(seq)
         if seq.num_prompt_tokens == 0:

@@ -83,6 +83,21 @@ class Keep:
 
 
 @dataclass(frozen=True)
+class Embed:
+    """Somebody wants the row of a prompt's last token, from nothing or from a kept state."""
+
+    request: EngineRequest
+    index: int | None
+
+    def __call__(self, simulation: Simulation) -> None:
+        sampling = replace(self.request.sampling, max_tokens=0)
+        request = replace(
+            self.request, sampling=sampling, returns_hidden=True, scores_from=None
+        )
+        simulation.add(request, _kept(simulation, self.index))
+
+
+@dataclass(frozen=True)
 class Continue:
     """Requests that go on from a state that a user kept; the prompt may be empty."""
 
@@ -211,6 +226,7 @@ Operation = (
     | AddAgain
     | FollowUp
     | Keep
+    | Embed
     | Continue
     | LetGo
     | Plan
@@ -293,6 +309,7 @@ def operations() -> st.SearchStrategy[Operation]:
         st.builds(Step, st.integers(1, 4), fails=st.just(True)),
         st.builds(Abort, st.integers(0, 10)),
         st.builds(Keep, requests(), st.none() | st.integers(0, 3)),
+        st.builds(Embed, requests(), st.none() | st.integers(0, 3)),
         *[go_on] * 2,
         st.builds(LetGo, st.integers(0, 3)),
         *[st.builds(SwapOut, st.integers(0, 5))] * 2,

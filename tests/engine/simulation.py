@@ -20,7 +20,7 @@ from engine.types import EngineRequest, FinishReason
 from tests.engine import audit
 from tests.engine.tracked import Kept, Setup, Tracked
 from tests.hash_disk import HashDisk, HashFolder
-from tests.hash_model import Answer, HashModel, feed, oracle, scores_of
+from tests.hash_model import Answer, HashModel, feed, hidden_of, oracle, scores_of
 
 SEED = b"seed of the hash model"
 LOST = "the state it was to go on from is lost"
@@ -40,6 +40,7 @@ class Simulation:
         self.num_forks = 0  # rows that left the slot they stood on as a snapshot
         self.num_draws_kept = 0  # draws that needed no forward
         self.num_swaps = 0
+        self.num_hidden = 0
         self._begin()
 
     def _begin(self) -> None:
@@ -330,6 +331,9 @@ class Simulation:
                 assert seq.error, "an error without words"
                 if "finite" in seq.error:
                     audit.check_nothing_left(self, tracked)
+            elif tracked.request.returns_hidden:
+                assert seq.hidden == hidden_of(tracked.prompt_state), "the row of another state"
+                self.num_hidden += 1
             elif seq.keeps_prompt:
                 self._keep(tracked, seq.kept)
             else:
@@ -339,9 +343,7 @@ class Simulation:
         assert page is not None, "the state of a prompt was wanted and is not there"
         assert page.num_holders > 0, "a state that is wanted is held by nobody"
         assert page.has_logits, "the state of a prompt has no logits"
-        state = 0 if tracked.base is None else tracked.base.state
-        for token in tracked.request.prompt_ids:
-            state = feed(state, token)
+        state = tracked.prompt_state
         num_tokens = tracked.num_base + tracked.num_prompt
         assert page.num_tokens == num_tokens, "a state counts its tokens wrong"
         self.states.setdefault(page.digest, (state, num_tokens, tracked.request.cache_salt))

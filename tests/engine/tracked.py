@@ -8,7 +8,7 @@ from engine.plan import SlotRef
 from engine.sequence import Sequence
 from engine.state.page import Page
 from engine.types import EngineRequest, LiveLimits
-from tests.hash_model import Answer
+from tests.hash_model import Answer, feed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +81,14 @@ class Tracked:
     @property
     def num_base(self) -> int:
         return 0 if self.base is None else self.base.num_tokens
+
+    @property
+    def prompt_state(self) -> int:
+        """The state after its prompt, by a plain loop."""
+        state = 0 if self.base is None else self.base.state
+        for token in self.request.prompt_ids:
+            state = feed(state, token)
+        return state
 
     @property
     def num_cached(self) -> int:
