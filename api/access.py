@@ -11,7 +11,7 @@ import hmac
 
 from api.errors import ApiError, Headers
 
-OPEN_PATHS = frozenset({"/", "/health", "/health/live", "/health/ready", "/metrics"})
+OPEN_PATHS = frozenset({"/", "/docs", "/health", "/health/live", "/health/ready", "/metrics"})
 ALLOWED_METHODS = b"GET, POST, PATCH, DELETE, OPTIONS"
 ALLOWED_HEADERS = b"authorization, content-type, x-api-key, x-request-id"
 EXPOSED_HEADERS = b"x-request-id, retry-after"

@@ -38,6 +38,8 @@ class Answers:
         self._ids: list[list[int]] = [[] for _ in streams]
         self._ends: list[OutputDelta | None] = [None for _ in streams]
         self._num_open = len(streams)
+        self.is_cancelled = False  # by its owner
+        self.keeps_aborted = False  # then what there is is an answer
 
     @property
     def request_id(self) -> str:
@@ -58,6 +60,17 @@ class Answers:
             if end is not None
         ]
 
+    def is_good(self, end: FinishReason) -> bool:
+        """An answer that ends so was answered."""
+        is_kept = self.is_cancelled and self.keeps_aborted
+        return end in GOOD_ENDS or (is_kept and end is FinishReason.ABORT)
+
+    def cancel(self) -> None:
+        """End what has not ended, for its owner, who reads on to the end."""
+        self.is_cancelled = True
+        for stream in self._streams:
+            stream.abort()
+
     async def take(self, timeout_s: float | None = None) -> list[tuple[int, OutputDelta]]:
         """What has come, with the number of the answer; [] after a silence of `timeout_s`.
 
@@ -75,7 +88,7 @@ class Answers:
         try:
             while not self.is_finished:
                 for index, delta in await self.take():
-                    if delta.finish_reason is not None and delta.finish_reason not in GOOD_ENDS:
+                    if delta.finish_reason is not None and not self.is_good(delta.finish_reason):
                         raise AnswerFailed(delta)
                     before = whole[index]
                     whole[index] = delta if before is None else merge(before, delta)

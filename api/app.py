@@ -12,17 +12,22 @@ from api.errors import ApiError
 from api.lifetime import LifetimeGuard, lifetime_of
 from api.reload import Reloader
 from api.respond import error_response
+from api.routes.abort import abort_routes
 from api.routes.admin import admin_routes
 from api.routes.chat import chat_routes
 from api.routes.completions import completion_routes
+from api.routes.docs import docs_routes
+from api.routes.embeddings import embedding_routes
 from api.routes.health import health_routes
 from api.routes.index import index_routes
 from api.routes.messages import message_routes
 from api.routes.models import model_routes
+from api.routes.render import render_routes
 from api.routes.responses import response_routes
 from api.routes.route import Route
 from api.routes.state_creation import state_creation_routes
 from api.routes.states import state_routes
+from api.routes.tokenizer import tokenizer_routes
 from api.service import Service
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -37,7 +42,13 @@ class QuietApplication(Application):
 
 async def create_app(service: Service, reloader: Reloader) -> LifetimeGuard:
     """The ASGI application, started. Lifespan messages are not needed."""
-    routes = [
+    app = _application(all_routes(service, reloader))
+    await app.start()  # type: ignore[no-untyped-call]
+    return LifetimeGuard(app, lambda: service.config)
+
+
+def all_routes(service: Service, reloader: Reloader) -> list[Route]:
+    return [
         *index_routes(service),
         *chat_routes(service),
         *completion_routes(service),
@@ -48,10 +59,12 @@ async def create_app(service: Service, reloader: Reloader) -> LifetimeGuard:
         *model_routes(service),
         *admin_routes(service, reloader),
         *health_routes(service),
+        *tokenizer_routes(service),
+        *render_routes(service),
+        *embedding_routes(service),
+        *abort_routes(service),
+        *docs_routes(),
     ]
-    app = _application(routes)
-    await app.start()  # type: ignore[no-untyped-call]
-    return LifetimeGuard(app, lambda: service.config)
 
 
 def _application(routes: Sequence[Route]) -> Application:

@@ -91,6 +91,11 @@ def timed_out() -> ApiError:
     )
 
 
+def cancelled() -> ApiError:
+    """Ended by its owner through the abort routes; not to be tried again, as 5xx would be."""
+    return ApiError(400, "the request was aborted by its owner", code="cancelled")
+
+
 def state_not_found(message: str, param: str | None = None) -> ApiError:
     """Unknown, expired or another owner's; which of these is not told."""
     return ApiError(404, message, param=param, code="state_not_found")

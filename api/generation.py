@@ -16,7 +16,7 @@ from api.answer_reader import AnswerForm, num_reasoning_tokens
 from api.answers import COMPLETE, AnswerFailed, Answers, best
 from api.encode import AnswerHead, ChoicePrompt, Details, Encoder, Usage, usage_of
 from api.engine_request import check_room, choice_prompts, engine_requests
-from api.errors import ApiError, draining, from_engine, timed_out
+from api.errors import ApiError, cancelled, draining, from_engine, timed_out
 from api.generation_body import GenerationBody
 from api.lifetime import lifetime_of
 from api.placement import Placed, place
@@ -70,12 +70,20 @@ async def accept(
     body: GenerationBody,
     prompts_for: PromptsFor,
     id_prefix: str,
+    *,
+    keeps_aborted: bool = False,
 ) -> Accepted:
-    """Queue what is asked for, for as long as the client is there. Raises as `queue` does."""
+    """Queue what is asked for, for as long as the client is there. Raises as `queue` does.
+
+    With `keeps_aborted`, an answer that its owner ends early is one, as far as it went.
+    """
     lifetime = lifetime_of(http_request)
     answer_id = f"{id_prefix}-{body.request_id or uuid.uuid4().hex}"
     accepted = await queue(service, lifetime.owner, body, prompts_for, answer_id)
-    lifetime.on_end(accepted.answers.close)
+    answers = accepted.answers
+    answers.keeps_aborted = keeps_aborted
+    lifetime.on_end(answers.close)
+    service.running.enter(lifetime, answers.cancel, answer_id, body.request_id)
     return accepted
 
 
@@ -141,7 +149,7 @@ async def respond(
     answers = accepted.answers
 
     def failed(delta: OutputDelta) -> ApiError:
-        return failure_of(service, delta)
+        return cancelled() if answers.is_cancelled else failure_of(service, delta)
 
     if not body.stream:
         try:

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
@@ -23,6 +22,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from api.about import own_version
 from api.stats import Histogram, ModelStats
 from engine.types import CacheStats, EngineSnapshot
 
@@ -300,11 +300,7 @@ def _num_used(replicas: Replicas) -> int:
 
 
 def _build_info() -> GaugeMetricFamily:
-    try:
-        own_version = version("rwkv-async-engine")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        own_version = "unknown"
-    labels = {"version": own_version, "python": platform.python_version()}
+    labels = {"version": own_version(), "python": platform.python_version()}
     family = GaugeMetricFamily("rwkv_build_info", "What runs here.", labels=list(labels))
     family.add_metric(list(labels.values()), 1)
     return family

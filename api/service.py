@@ -22,6 +22,7 @@ from api.recent import RecentResponses
 from api.registry import ModelRegistry, Replica
 from api.response_database import LostState
 from api.response_store import ResponseStore
+from api.running import RunningRequests
 from config import InferConfig, ModelTable
 from engine.client import EngineClient
 from engine.errors import EngineError
@@ -52,6 +53,7 @@ class Service:
         self.recent = RecentResponses()
         self.responses = ResponseStore(self._response_folders, self._release_state)
         self.background = BackgroundResponses()
+        self.running = RunningRequests()
         self.metrics = Metrics(self.registry.snapshots, has_vllm_names=config.enable_vllm_metrics)
         self.is_draining = False
         self.last_reload: ReloadReport | None = None

@@ -10,7 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from api.answers import GOOD_ENDS, Answers
+from api.answers import Answers
 from api.encode import Encoder, Usage
 from api.errors import ApiError
 from engine.types import OutputDelta
@@ -75,7 +75,7 @@ async def event_stream(
                 objects += encoder.piece(index, delta)
                 if delta.finish_reason is None:
                     continue
-                if delta.finish_reason not in GOOD_ENDS:
+                if not answers.is_good(delta.finish_reason):
                     answers.close()
                     yield events(objects) + framing.error(failure_of(delta)) + framing.end
                     return

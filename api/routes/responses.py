@@ -45,6 +45,8 @@ def response_routes(service: Service) -> list[Route]:
             run_in_background(service, created, lifetime.owner)
             return json_response(encoder.response)
         lifetime.on_end(lambda: abandon(created, lifetime.owner))
+        answers = created.accepted.answers
+        service.running.enter(lifetime, answers.cancel, created.accepted.head.answer_id)
         framing = named_events(encoder.fail)
         return await respond(service, body, created.accepted, encoder, framing)
 

@@ -55,8 +55,10 @@ def state_creation_routes(service: Service) -> list[Route]:
         except EngineError as error:
             raise from_engine(error, only.prompt.field) from None
         lifetime_of(request).on_end(stream.close)
+        running = service.running.enter(lifetime_of(request), stream.abort)
         end = await stream.collect()
         if end.finish_reason not in COMPLETE:
+            running.check()
             raise failure_of(service, end)
         if end.state is None:
             raise ApiError(507, end.error or "there is no room for it", code="states_full")

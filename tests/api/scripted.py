@@ -11,6 +11,7 @@ an eighth of its place; other tokens are each one less probable than the one bef
 from __future__ import annotations
 
 import asyncio
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ from tests.api.scripted_engine import Disk, ScriptedEngine
 
 SCRIPT = "Far out in the ocean, where the water is as blue as cornflowers, it is very deep. "
 VOCAB_SIZE = 300
+EMBEDDED_DIM = 64
 
 
 def write_vocab(path: Path) -> None:
@@ -42,6 +44,12 @@ def recited(num_prompt_tokens: int, num_tokens: int) -> str:
 def spelled(ids: Sequence[int]) -> str:
     """The text of tokens of that vocabulary."""
     return bytes(token_id - 1 for token_id in ids if token_id).decode()
+
+
+def hidden_of(row: Row) -> bytes:
+    """What stands for the row of the last token: the number of tokens up to it, 3, 3, 3, ..."""
+    values = [row.position + row.num_tokens, *[3] * (EMBEDDED_DIM - 1)]
+    return struct.pack(f"={EMBEDDED_DIM}f", *values)
 
 
 class ScriptedRunner:
@@ -107,6 +115,7 @@ class ScriptedRunner:
                 for row, token in zip(rows, tokens, strict=True)
             ),
             scores=() if died or failed else tuple(map(self._scores, filter(_targets, plan.rows))),
+            hidden=tuple(hidden_of(row) for row in plan.rows if row.returns_hidden),
         )
 
     def _scores(self, row: Row) -> Scores:

@@ -95,7 +95,7 @@ class TestCore:
                 "returns_hidden",
             ),
             (one((), NOTHING, returns_hidden=True), "prompt_ids"),
-            (one((1,), NOTHING), "max_tokens"),
+            (one((1,), NOTHING, returns_hidden=True, scores_from=0), "returns_hidden"),
         ],
     )
     async def test_what_does_not_go_together(self, request_: EngineRequest, field: str) -> None:
