@@ -25,6 +25,7 @@ from api.routes.models import model_routes
 from api.routes.render import render_routes
 from api.routes.responses import response_routes
 from api.routes.route import Route
+from api.routes.scores import score_routes
 from api.routes.state_creation import state_creation_routes
 from api.routes.states import state_routes
 from api.routes.tokenizer import tokenizer_routes
@@ -62,6 +63,7 @@ def all_routes(service: Service, reloader: Reloader) -> list[Route]:
         *tokenizer_routes(service),
         *render_routes(service),
         *embedding_routes(service),
+        *score_routes(service),
         *abort_routes(service),
         *docs_routes(),
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from typing import Self
 
 from blacksheep import Request
 
@@ -23,30 +24,40 @@ from engine.errors import EngineError
 from engine.types import EngineRequest, OutputDelta
 
 
-async def compute_all(
-    service: Service,
-    http_request: Request,
-    replica: Replica,
-    requests: Sequence[EngineRequest],
-    fields: Sequence[str],
-) -> list[OutputDelta]:
-    """The whole answer to each request, in their order.
+class PromptBatch:
+    """A context manager: what has not ended when it is left is aborted.
 
-    As many are under way as can run at once, so that those of others come in between. `fields`
-    are what errors about each prompt name. Raises ApiError.
+    As many requests are under way as can run at once, so that those of others come in between.
     """
-    try:
-        batch = replica.client.open_batch()
-    except EngineError as error:
-        raise from_engine(error) from None
-    with batch:
-        work = _Work(batch, requests, fields, replica.table.max_batch_size)
-        running = service.running.enter(lifetime_of(http_request), work.abort)
+
+    def __init__(self, service: Service, http_request: Request, replica: Replica) -> None:
+        """Accepted, or ApiError."""
+        self._service = service
+        self._lifetime = lifetime_of(http_request)
+        self._max_num_open = replica.table.max_batch_size
+        try:
+            self._batch = replica.client.open_batch()
+        except EngineError as error:
+            raise from_engine(error) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._batch.close()
+
+    async def compute(
+        self, requests: Sequence[EngineRequest], fields: Sequence[str]
+    ) -> list[OutputDelta]:
+        """The whole answer to each request, in their order. `fields` are what errors about each
+        prompt name. Raises ApiError. May be called again."""
+        work = _Work(self._batch, requests, fields, self._max_num_open)
+        running = self._service.running.enter(self._lifetime, work.abort)
         failed = await work.run()
-    if failed is not None:
-        running.check()
-        raise failure_of(service, failed)
-    return work.answers
+        if failed is not None:
+            running.check()
+            raise failure_of(self._service, failed)
+        return work.answers
 
 
 class _Work:

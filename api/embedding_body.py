@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -10,7 +9,8 @@ import msgspec
 from api.errors import invalid
 from api.generation_body import MAX_PRIORITY
 from api.prompt import Prompt
-from api.sampling import MAX_TOKEN_ID, Integer, integer
+from api.prompt_field import prompt_at, token_ids_at
+from api.sampling import Integer, integer
 from api.schemas import parse_strict
 
 MAX_NUM_INPUTS = 2048  # OpenAI's
@@ -46,7 +46,7 @@ class EmbeddingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         if isinstance(given, str):
             return [Prompt("input", given)]
         if given and all(isinstance(item, int) for item in given):
-            return [Prompt("input", _token_ids("input", given))]
+            return [Prompt("input", token_ids_at("input", given))]
         if not given:
             raise invalid("'input' is empty: send at least one text", "input")
         if len(given) > MAX_NUM_INPUTS:
@@ -54,7 +54,7 @@ class EmbeddingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                 f"'input' has {len(given)} texts, at most {MAX_NUM_INPUTS} are taken at once",
                 "input",
             )
-        return [_prompt(f"input[{index}]", item) for index, item in enumerate(given)]
+        return [prompt_at(f"input[{index}]", item) for index, item in enumerate(given)]
 
     def check_dimensions(self, num_dimensions: int) -> None:
         """Raises ApiError 400 for another length than the model's."""
@@ -69,23 +69,3 @@ class EmbeddingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 def parse_embedding(data: bytes) -> EmbeddingBody:
     """Raises ApiError 400 that names the first field in the way."""
     return parse_strict(data, EmbeddingBody)
-
-
-def _prompt(place: str, item: str | int | list[int]) -> Prompt:
-    if isinstance(item, str):
-        return Prompt(place, item)
-    if isinstance(item, int):
-        raise invalid(
-            f"'{place}' is a token id among texts: send texts, or lists of token ids", place
-        )
-    return Prompt(place, _token_ids(place, item))
-
-
-def _token_ids(place: str, given: Sequence[str | int | list[int]]) -> tuple[int, ...]:
-    ids = tuple(item for item in given if isinstance(item, int))
-    if not ids:
-        raise invalid(f"'{place}' has no token; a text may be empty, token ids may not", place)
-    outside = next((token for token in ids if not 0 <= token <= MAX_TOKEN_ID), None)
-    if outside is not None:
-        raise invalid(f"'{place}' has the token id {outside}, which no vocabulary has", place)
-    return ids

@@ -184,6 +184,11 @@ def _check_cache_fields(request: EngineRequest) -> None:
             "cache_salt",
         )
     num_prompt = len(request.prompt_ids)
+    if request.branch_at is not None and not 0 <= request.branch_at <= num_prompt:
+        raise InvalidRequest(
+            f"branch_at = {request.branch_at}: must be from 0 to the prompt's {num_prompt} tokens",
+            "branch_at",
+        )
     for hint in request.snapshot_hints:
         if not 0 <= hint <= num_prompt:
             raise InvalidRequest(

@@ -305,7 +305,8 @@ class Scheduler:
         num_rest = self.cache.next_stop(seq) - seq.num_planned
         if num_rest <= budget:
             return num_rest
-        return budget - budget % self.cache.paragraph_len
+        end = seq.num_planned + budget
+        return budget - end % self.cache.paragraph_len
 
     def _start(self, seq: Sequence) -> SeatStart:
         seq.seat = self._free_seats.pop()

@@ -80,6 +80,7 @@ class Sequence:
     num_cached_tokens: int = 0  # of the prompt, taken from a snapshot
     chain: list[bytes] = field(default_factory=list)  # links of its paragraphs, as far as needed
     end_digest: bytes = b""  # of the whole prompt
+    branch_digest: bytes = b""  # of its beginning up to branch_at
     origin: SlotRef | None = None  # what its first row reads; None once that is planned
     has_origin: bool = False  # and it holds a reference to that
     stops: set[int] = field(default_factory=set)  # where its prefill is to leave snapshots

@@ -127,6 +127,9 @@ class EngineRequest:
     # The prompt tokens from this index on get log probabilities, with top ones as `sampling` says;
     # the first one of the prompt never has one. States are reused for what comes before them only.
     scores_from: int | None = None
+    # A page of exactly so many prompt tokens is looked for too, wherever prompts are cut: siblings
+    # that part there begin from the end of the prompt that they have in common.
+    branch_at: int | None = None
     # The answer is the last prompt token's row of the model, after ln_out: with max_tokens = 0.
     returns_hidden: bool = False
     is_bound: bool = False  # while it waits, it is not handed over to another engine

@@ -212,6 +212,27 @@ class RenderedPrompt(Answer, kw_only=True):
     sampling_params: dict[str, Anything]
 
 
+class ChoiceScore(Answer, kw_only=True):
+    """`logprob` is the sum of `token_logprobs`, natural logarithms."""
+
+    index: int
+    logprob: float
+    num_tokens: int
+    is_greedy: bool
+    token_ids: list[int]
+    token_logprobs: list[float]
+
+
+class Scores(Answer, kw_only=True):
+    id: str
+    object: Literal["completion.scores"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChoiceScore]
+    usage: Usage
+
+
 class EmbeddingUsage(Answer, kw_only=True):
     prompt_tokens: int
     total_tokens: int

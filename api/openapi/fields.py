@@ -18,6 +18,7 @@ FIELDS: Mapping[str, str] = {
     "cache_salt": "states are reused only among requests of the same salt",
     "candidate_token_texts": "tokens whose log probability is told of at each place",
     "choice": "which choice of the response",
+    "choices": "continuations: texts or token ids",
     "content": "a string, or a list of text parts",
     "dimensions": "only the model's own number",
     "dry_run": "change nothing, say what would be done",

@@ -16,6 +16,7 @@ from api.openapi import answers as gives
 from api.routes.abort import AbortManyBody, AbortOneBody
 from api.routes.states import FilingFields, ListFields, ModelFields
 from api.schemas import ChatBody, CompletionBody, ReloadBody
+from api.score_body import ScoreBody
 from api.state_body import StateBody
 from api.token_bodies import DetokenizeBody, TokenizeBody
 
@@ -110,6 +111,13 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         takes=CompletionBody,
         gives=list[gives.RenderedPrompt],
         errors=(*BODY, *MODEL),
+    ),
+    ("POST", "/v1/completions/score"): Operation(
+        tag="generation",
+        summary="How probable given continuations of a prompt are",
+        takes=ScoreBody,
+        gives=gives.Scores,
+        errors=(*BODY, *ENGINE),
     ),
     ("POST", "/v1/embeddings"): Operation(
         tag="embeddings",

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import orjson
 from blacksheep import Request, Response
 
-from api.batches import compute_all
+from api.batches import PromptBatch
 from api.embedding_body import EmbeddingBody, parse_embedding
 from api.errors import ApiError, draining
 from api.lifetime import lifetime_of
@@ -46,7 +46,8 @@ def embedding_routes(service: Service) -> list[Route]:
         owner = lifetime_of(request).owner
         asked = [_engine_request(replica, body, owner, one.encoded) for one in placed.prompts]
         fields = [prompt.field for prompt in prompts]
-        answers = await compute_all(service, request, replica, asked, fields)
+        with PromptBatch(service, request, replica) as batch:
+            answers = await batch.compute(asked, fields)
         return await _response(replica.table.model_name, body, answers)
 
     return [Route("POST", "/v1/embeddings", create_embeddings)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from engine.sequence import Sequence, SequenceStatus
 from engine.state.owners import PrefillOwners, is_awaiting
 from engine.state.page import Page
-from engine.state.prefix import PrefixIndex, extend, link, root
+from engine.state.prefix import PrefixIndex, digest_of, extend, root
 from engine.state.tiers import PageTiers
 
 
@@ -45,12 +47,23 @@ class Matching:
         page = self._index.get(seq.end_digest) if most == seq.num_prompt_tokens else None
         if page is not None and page.has_logits and self._is_usable(seq, page):
             return page, seq.num_prompt_tokens
-        for page, num_tokens in self._index.matches(
-            seq.chain, min(most, seq.num_prompt_tokens - 1)
-        ):
+        most = min(most, seq.num_prompt_tokens - 1)
+        for page, num_tokens in self._beginnings(seq, most):
             if self._is_usable(seq, page):
                 return page, num_tokens
         return seq.base, 0
+
+    def _beginnings(self, seq: Sequence, most: int) -> Iterator[tuple[Page, int]]:
+        """The pages to begin from and the tokens that they save, at most so many, deepest first."""
+        branch_at = seq.request.branch_at or 0
+        branch = self._index.get(seq.branch_digest) if 0 < branch_at <= most else None
+        for page, num_tokens in self._index.matches(seq.chain, most):
+            if branch is not None and branch_at >= num_tokens:
+                yield branch, branch_at
+                branch = None
+            yield page, num_tokens
+        if branch is not None:
+            yield branch, branch_at
 
     def must_wait(self, seq: Sequence) -> bool:
         """What the sequence begins from is on its way: from another sequence, or from the disk.
@@ -112,8 +125,7 @@ class Matching:
         base = b"" if seq.base is None else seq.base.digest
         seq.chain.append(root(self._seed, seq.request.cache_salt, base))
         extend(seq.chain, seq.tokens, seq.num_prompt_tokens, self._paragraph_len)
-        num_whole = (len(seq.chain) - 1) * self._paragraph_len
-        seq.end_digest = seq.chain[-1]
-        if num_whole < seq.num_prompt_tokens:
-            rest = seq.tokens(num_whole, seq.num_prompt_tokens)
-            seq.end_digest = link(seq.chain[-1], rest)
+        text = (seq.chain, seq.tokens)
+        seq.end_digest = digest_of(*text, seq.num_prompt_tokens, self._paragraph_len)
+        if seq.request.branch_at is not None:
+            seq.branch_digest = digest_of(*text, seq.request.branch_at, self._paragraph_len)

@@ -44,6 +44,18 @@ def extend(
         chain.append(link(chain[-1], tokens(end - paragraph_len, end)))
 
 
+def digest_of(
+    chain: Sequence[bytes],
+    tokens: Callable[[int, int], tuple[int, ...]],
+    num_tokens: int,
+    paragraph_len: int,
+) -> bytes:
+    """Of a text's first `num_tokens` tokens, on the grid or off it, from its chain."""
+    depth = num_tokens // paragraph_len
+    rest = tokens(depth * paragraph_len, num_tokens)
+    return link(chain[depth], rest) if rest else chain[depth]
+
+
 class PrefixIndex:
     """Digest to page. *Ghosts* are links that were seen without a page, the last `max_ghosts` of
     them: a link seen twice is where texts part."""

@@ -159,6 +159,27 @@ class ScriptedEngine(EngineCore):
             return self._submit_prompt_only(request, base, ids)
         return self._submit_inner(request, base, ids, ())
 
+    def _submit_part(self, request: EngineRequest) -> RequestStream:
+        """Of a batch: with all the tokens that its state stands for, as above."""
+        self.requests.append(request)
+        if request.state_id is None:
+            return super()._submit_part(request)
+        base = self.states.find(request.owner, request.state_id).ids
+        further = {
+            name: value + len(base)
+            for name in ("scores_from", "branch_at")
+            if (value := getattr(request, name)) is not None
+        }
+        ids = (*base, *request.prompt_ids)
+        stream = super()._submit_part(replace(request, prompt_ids=ids, state_id=None, **further))
+        put, num_prompt = stream.put, len(request.prompt_ids)
+
+        def put_translated(delta: OutputDelta) -> None:
+            put(replace(delta, num_prompt_tokens=num_prompt, num_state_tokens=len(base)))
+
+        stream.put = put_translated  # type: ignore[method-assign]
+        return stream
+
     def resume(self, resume_id: str, owner: str, request_id: str) -> RequestStream:
         found = self.disk.suspended.get(resume_id)
         if found is None or found.request.owner != owner:

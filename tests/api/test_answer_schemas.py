@@ -42,6 +42,8 @@ REQUESTS: list[tuple[str, str, object]] = [
     ("POST", "/v1/completions/render", TEXT | {"prompt": ["a", [1, 2]], "logprobs": 1, "n": 2}),
     ("POST", "/v1/chat/completions/render", chat_body()),
     ("POST", "/v1/completions/render", TEXT | {"state": "{state}"}),
+    ("POST", "/v1/completions/score", {"model": "m", "prompt": "hi", "choices": ["a", "bc"]}),
+    ("POST", "/v1/completions/score", {"model": "m", "state": "{state}", "choices": ["a", "bc"]}),
     ("POST", "/v1/embeddings", {"model": "m", "input": ["a", "b"]}),
     ("POST", "/v1/embeddings", {"model": "m", "input": "a", "encoding_format": "base64"}),
     ("POST", "/tokenize", {"prompt": "hi", "return_token_strs": True}),

@@ -35,6 +35,7 @@ SOUND = {
     "messages": [{"role": "user", "content": "hi"}],
     "prompt": "hi",
     "input": ["a", "b"],
+    "choices": ["a", "bc"],
     "tokens": [1, 2],
     "request_ids": ["x"],
     "rid": "x",

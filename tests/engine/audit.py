@@ -216,7 +216,10 @@ def _check_row(sim: Simulation, row: Row) -> None:
         assert tracked.num_draws == 0, f"{row.seq_id} draws once more from kept logits"
     else:
         assert row.tokens == prompt[tracked.num_fed : end], f"wrong tokens for {row.seq_id}"
-        assert tracked.num_fed % length == 0, f"a chunk begins at {tracked.num_fed}"
+        is_branch = tracked.num_fed == tracked.request.branch_at == tracked.num_cached
+        sim.num_branches += is_branch and tracked.num_fed % length > 0
+        is_on_grid = tracked.num_fed % length == 0
+        assert is_on_grid or is_branch, f"a chunk begins at {tracked.num_fed}"
         assert end == len(prompt) or end % length == 0, f"a chunk is ragged at {end}"
     assert row.sample == (end >= len(prompt)), f"draw of {row.seq_id} at {end} is wrong"
     tracked.num_fed = end

@@ -49,6 +49,26 @@ class FollowUp:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """Continuations of an earlier prompt that part where it ends, wherever that is."""
+
+    index: int
+    requests: tuple[EngineRequest, ...]
+
+    def __call__(self, simulation: Simulation) -> None:
+        if not simulation.tracked:
+            return
+        earlier = simulation.tracked[self.index % len(simulation.tracked)]
+        begin, salt = earlier.request.prompt_ids, earlier.request.cache_salt
+        if earlier.base is not None and earlier.base not in simulation.kept:
+            return
+        for request in self.requests:
+            ids = (*begin, *request.prompt_ids)
+            asked = replace(request, prompt_ids=ids, cache_salt=salt, branch_at=len(begin))
+            simulation.add(asked, earlier.base)
+
+
+@dataclass(frozen=True)
 class AddAgain:
     """The prompt of an earlier request once more, or of one before a restart."""
 
@@ -91,9 +111,7 @@ class Embed:
 
     def __call__(self, simulation: Simulation) -> None:
         sampling = replace(self.request.sampling, max_tokens=0)
-        request = replace(
-            self.request, sampling=sampling, returns_hidden=True, scores_from=None
-        )
+        request = replace(self.request, sampling=sampling, returns_hidden=True, scores_from=None)
         simulation.add(request, _kept(simulation, self.index))
 
 
@@ -225,6 +243,7 @@ Operation = (
     Add
     | AddAgain
     | FollowUp
+    | Branch
     | Keep
     | Embed
     | Continue
@@ -288,6 +307,9 @@ def operations() -> st.SearchStrategy[Operation]:
     burst = st.builds(Add, st.lists(requests(), min_size=3, max_size=8).map(tuple))
     equal = st.builds(lambda request, times: Add((request,) * times), requests(), st.integers(2, 5))
     follow_up = st.builds(FollowUp, st.integers(0, 10), requests())
+    branch = st.builds(
+        Branch, st.integers(0, 10), st.lists(requests(), min_size=1, max_size=3).map(tuple)
+    )
     again = st.builds(AddAgain, st.integers(0, 10), st.integers(0, 3))
     step = st.builds(Step, st.integers(1, 6))
     go_on = st.builds(
@@ -303,6 +325,7 @@ def operations() -> st.SearchStrategy[Operation]:
         burst,
         equal,
         *[follow_up] * 2,
+        branch,
         *[again] * 3,
         st.just(Commit(fails=True)),
         *[step] * 4,

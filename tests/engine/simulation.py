@@ -41,6 +41,7 @@ class Simulation:
         self.num_draws_kept = 0  # draws that needed no forward
         self.num_swaps = 0
         self.num_hidden = 0
+        self.num_branches = 0  # chunks that began where prompts part, off the grid
         self._begin()
 
     def _begin(self) -> None:
