@@ -32,6 +32,7 @@ BODY = (415,)
 MODEL = (404,)
 ENGINE = (404, 429, 503)
 KEEPING = (*ENGINE, 507)
+ANSWERING = (*KEEPING, 504)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +89,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         takes=ChatBody,
         gives=gives.ChatCompletion,
         event=gives.ChatCompletionChunk,
-        errors=(*BODY, *KEEPING),
+        errors=(*BODY, *ANSWERING),
     ),
     ("POST", "/v1/completions"): Operation(
         tag="generation",
@@ -96,7 +97,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         takes=CompletionBody,
         gives=gives.Completion,
         event=gives.CompletionChunk,
-        errors=(*BODY, *KEEPING),
+        errors=(*BODY, *ANSWERING),
     ),
     ("POST", "/v1/chat/completions/render"): Operation(
         tag="generation",

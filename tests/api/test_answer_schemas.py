@@ -133,6 +133,14 @@ async def test_a_field_more_or_less_would_be_noticed(tmp_path: Path):
         validate(schema, answer)
 
 
+async def test_a_deadline_is_an_error_of_its_operation(tmp_path: Path):
+    async with running(tmp_path, delay_s=0.05) as server:
+        reply = await server.chat(max_tokens=500, timeout_ms=20)
+    operation = DOCUMENT["paths"]["/v1/chat/completions"]["post"]
+    assert str(reply.status) in operation["responses"]
+    assert reply.error["code"] == "timeout"
+
+
 async def test_errors_fit(tmp_path: Path):
     async with running(tmp_path) as server:
         replies = [await server.chat(n=0), await server.get("/nothing"), await server.chat(model=3)]

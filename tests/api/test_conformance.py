@@ -119,6 +119,6 @@ def test_quick(case: schemathesis.Case, address: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @schema.parametrize()
-@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 def test_deep(case: schemathesis.Case, address: str) -> None:
     check(case, address)

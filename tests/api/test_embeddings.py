@@ -90,6 +90,18 @@ async def test_a_long_list_neither_fills_the_queue_nor_is_refused_by_it(tmp_path
         np.testing.assert_allclose(item["embedding"], embedding_of(number + 1), rtol=1e-6)
 
 
+async def test_a_list_that_was_begun_is_finished_while_the_server_drains(tmp_path: Path):
+    async with running(tmp_path, model_table(max_batch_size=2), delay_s=0.005) as server:
+        asking = asyncio.create_task(embed(server, ["a"] * 40))
+        await eventually(lambda: server.snapshot().num_running > 0)
+        server.service.is_draining = True
+        assert await server.engine.drain(20), "nothing had to be aborted"
+        reply, late = await asking, await embed(server, "a")
+    assert reply.status == 200
+    assert len(reply.json()["data"]) == 40
+    assert (late.status, late.error["code"]) == (503, "draining")
+
+
 async def test_a_client_that_leaves_frees_everything(tmp_path: Path):
     async with running(tmp_path) as server:
         server.runner.gate.clear()
