@@ -9,7 +9,6 @@ from http import HTTPStatus
 import msgspec
 
 from api.access import OPEN_PATHS
-from api.openapi.answers import Error
 from api.openapi.fields import FIELDS
 from api.openapi.operations import ALWAYS, EVENTS, JSON, OPERATIONS, Operation
 
@@ -20,6 +19,8 @@ PARAMETER = re.compile(r"\{(\w+)\}")
 DONE = "[DONE]"
 TAGS: Mapping[str, str] = {
     "generation": "Answers and continuations",
+    "responses": "OpenAI's answers that are stored",
+    "messages": "Anthropic's protocol",
     "embeddings": "Vectors for texts",
     "tokenizer": "Text and token ids",
     "states": "What the model knows after a text, kept under an id",
@@ -46,8 +47,8 @@ def openapi_document(version: str) -> Json:
         "components": {
             "schemas": schemas.components,
             "responses": {
-                str(status): _response(_reason(status), JSON, schemas.of(Error))
-                for status in sorted(_error_statuses())
+                _error_name(kind, status): _response(_reason(status), JSON, schemas.of(kind))
+                for kind, status in sorted(_error_responses(), key=str)
             },
             "securitySchemes": {
                 "key": {
@@ -69,7 +70,7 @@ class _Schemas:
             types, schema_hook=_schema_of_object, ref_template=REF_TEMPLATE
         )
         self._schemas = {str(kind): schema for kind, schema in zip(types, schemas, strict=True)}
-        for kind in _request_types():
+        for kind in request_types():
             self._describe(kind.__name__)
 
     def of(self, kind: type) -> Json:
@@ -82,8 +83,9 @@ class _Schemas:
 
     def _describe(self, name: str) -> None:
         for field, schema in self.components[name].get("properties", {}).items():
-            if field in FIELDS:  # the tests see to it; a server starts without
-                schema["description"] = FIELDS[field]
+            described = FIELDS.get(f"{name}.{field}", FIELDS.get(field))
+            if described is not None:  # the tests see to it; a server starts without
+                schema["description"] = described
 
 
 def _schema_of_object(_: type) -> Json:
@@ -92,14 +94,14 @@ def _schema_of_object(_: type) -> Json:
 
 
 def _types() -> Iterator[type]:
-    yield Error
     for operation in OPERATIONS.values():
+        yield operation.error
         for kind in (operation.gives, operation.takes, operation.event, operation.query):
             if kind is not None and not isinstance(kind, str):
                 yield kind
 
 
-def _request_types() -> Iterator[type[msgspec.Struct]]:
+def request_types() -> Iterator[type[msgspec.Struct]]:
     """Those of bodies and queries, and what they are made of."""
     asked: list[type] = []
     for operation in OPERATIONS.values():
@@ -195,22 +197,23 @@ def _responses(operation: Operation, schemas: _Schemas) -> Json:
     if operation.event is not None:
         content = success["content"]
         assert isinstance(content, dict)
-        content[EVENTS] = _event_stream(operation.event)
+        content[EVENTS] = _event_stream(operation.event, operation.error)
     described: Json = {"200": success}
     for status in operation.also:
         described[str(status)] = success | {"description": _reason(status)}
     for status in sorted({*ALWAYS, *operation.errors}):
-        described[str(status)] = {"$ref": f"#/components/responses/{status}"}
+        name = _error_name(operation.error, status)
+        described[str(status)] = {"$ref": f"#/components/responses/{name}"}
     return described
 
 
-def _event_stream(event: type[msgspec.Struct]) -> Json:
+def _event_stream(event: type[msgspec.Struct], error: type[msgspec.Struct]) -> Json:
     """The schema is that of one event: OpenAPI 3.1 has no other words for a stream."""
     description = (
         f"With `stream`: one `data:` line and a blank line per event, each a {event.__name__} or, "
         f"at worst, an Error; {DONE} at the end; comments in silence."
     )
-    names = (event.__name__, Error.__name__)
+    names = (event.__name__, error.__name__)
     of_json = {
         "type": "string",
         "contentMediaType": JSON,
@@ -235,6 +238,13 @@ def _reason(status: int) -> str:
     return HTTPStatus(status).phrase
 
 
-def _error_statuses() -> set[int]:
-    named = {status for operation in OPERATIONS.values() for status in operation.errors}
-    return {*ALWAYS, *named}
+def _error_responses() -> set[tuple[type[msgspec.Struct], int]]:
+    return {
+        (operation.error, status)
+        for operation in OPERATIONS.values()
+        for status in (*ALWAYS, *operation.errors)
+    }
+
+
+def _error_name(kind: type[msgspec.Struct], status: int) -> str:
+    return f"{kind.__name__}{status}"

@@ -1,4 +1,5 @@
-"""What the fields of request bodies and queries mean, in a line each, by name.
+"""What the fields of request bodies and queries mean, in a line each, by name, or by
+type and name where a name has two meanings.
 
 docs/api.md says more; the tests demand a line for every field.
 """
@@ -8,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 FIELDS: Mapping[str, str] = {
+    "ResponseBody.text": "only the format text is supported",
     "abort_all": "all of one's own requests",
     "add_generation_prompt": "end where the assistant begins to speak",
     "add_special_tokens": "begin with token 0, as the routes that compute do",
     "after": "id of the last state of the page before",
     "allowed_token_ids": "only these are drawn",
+    "background": "answer at once, compute and store it afterwards",
     "bad_words": "texts that the answer must not have",
     "best_of": "so many answers are computed, and the n most probable ones returned",
     "cache_salt": "states are reused only among requests of the same salt",
@@ -26,26 +29,33 @@ FIELDS: Mapping[str, str] = {
     "encoding_format": "float, or base64 of little-endian float32",
     "frequency_penalty": "another name of repetition_penalty",
     "ignore_eos": "the end of document does not end the answer",
+    "include_obfuscation": "ignored: it is about streams",
     "include_stop_str_in_output": "the text keeps what stopped it",
     "include_usage": "a last chunk with the usage",
     "initial_state": "name of a tuned state to begin from",
     "input": "a text, token ids, or a list of these",
+    "instructions": "a system message for this response only",
     "label": "up to 256 characters",
     "limit": "1 to 100",
     "logit_bias": "token id to what is added to its logit",
     "logprobs": "tell log probabilities: true in a chat, else how many of the most probable tokens",
     "max_completion_tokens": "another name of max_tokens",
+    "max_output_tokens": "tokens of the answer at most",
     "max_tokens": "tokens of the answer at most",
     "messages": "the conversation",
+    "metadata": "pairs that are stored with the response",
     "min_p": "tokens less probable than min_p times the most probable one are left out; 0 = off",
     "min_tokens": "so many tokens before anything may end the answer",
     "model": "a name of /v1/models",
     "n": "number of answers",
+    "order": "desc or asc",
     "penalty_decay": "the penalties are multiplied by it with every token",
     "pinned": "it does not expire while it is",
     "presence_penalty": "subtracted from the logit of a token once it was generated",
+    "previous_response_id": "id of a stored response to go on from",
     "priority": "higher goes first",
     "prompt": "a text or token ids",
+    "reasoning": "not supported yet",
     "remove_model_names": "models to serve no more",
     "repetition_penalty": "added to presence_penalty for each further time (not multiplicative)",
     "request_id": "the id of the answer ends in it",
@@ -61,9 +71,12 @@ FIELDS: Mapping[str, str] = {
     "seed": "the same seed gives the same answer",
     "state": "id of a kept state to go on from",
     "stop": "strings that end the answer",
+    "stop_sequences": "strings that end the answer",
     "stop_token_ids": "tokens that end the answer",
+    "store": "keep the response, and the state behind it",
     "stream": "events instead of one object",
     "stream_options": "only with stream",
+    "system": "the system message",
     "temperature": "0 = greedy",
     "text": "the text of a part",
     "timeout_ms": "the answer must be complete by then",

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from msgspec import Struct
 
 from api.embedding_body import EmbeddingBody
-from api.openapi import answers as gives
+from api.message_body import MessagesBody
+from api.openapi import answers, other_answers
+from api.response_body import ResponseBody
 from api.routes.abort import AbortManyBody, AbortOneBody
+from api.routes.responses import ItemListFields, RetrieveFields
 from api.routes.states import FilingFields, ListFields, ModelFields
 from api.schemas import ChatBody, CompletionBody, ReloadBody
 from api.score_body import ScoreBody
@@ -50,6 +53,7 @@ class Operation:
     is_body_needed: bool = True
     query: type[Struct] | None = None
     event: type[Struct] | None = None
+    error: type[Struct] = answers.Error
     errors: tuple[int, ...] = ()
     also: tuple[int, ...] = ()
 
@@ -60,26 +64,27 @@ def _utilities(prefix: str) -> dict[tuple[str, str], Operation]:
             tag="tokenizer",
             summary="Token ids of a text or a conversation",
             takes=TokenizeBody,
-            gives=gives.Tokens,
+            gives=answers.Tokens,
             errors=(*BODY, *MODEL),
         ),
         ("POST", f"{prefix}/detokenize"): Operation(
             tag="tokenizer",
             summary="The text of token ids",
             takes=DetokenizeBody,
-            gives=gives.Text,
+            gives=answers.Text,
             errors=(*BODY, *MODEL),
         ),
         ("GET", f"{prefix}/tokenizer_info"): Operation(
             tag="tokenizer",
             summary="Vocabulary, special tokens and chat template",
             query=ModelFields,
-            gives=gives.TokenizerInfo,
+            gives=answers.TokenizerInfo,
             errors=MODEL,
         ),
     }
 
 
+ONE_RESPONSE = "/v1/responses/{response_id}"
 ONE_STATE = "/v1/states/{state_id}"
 
 OPERATIONS: Mapping[tuple[str, str], Operation] = {
@@ -87,44 +92,95 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         tag="generation",
         summary="Answer a conversation, whole or as a stream",
         takes=ChatBody,
-        gives=gives.ChatCompletion,
-        event=gives.ChatCompletionChunk,
+        gives=answers.ChatCompletion,
+        event=answers.ChatCompletionChunk,
         errors=(*BODY, *ANSWERING),
     ),
     ("POST", "/v1/completions"): Operation(
         tag="generation",
         summary="Continue a text or token ids, whole or as a stream",
         takes=CompletionBody,
-        gives=gives.Completion,
-        event=gives.CompletionChunk,
+        gives=answers.Completion,
+        event=answers.CompletionChunk,
         errors=(*BODY, *ANSWERING),
     ),
     ("POST", "/v1/chat/completions/render"): Operation(
         tag="generation",
         summary="The exact prompt that a chat body gives; nothing is computed",
         takes=ChatBody,
-        gives=gives.RenderedPrompt,
+        gives=answers.RenderedPrompt,
         errors=(*BODY, *MODEL),
     ),
     ("POST", "/v1/completions/render"): Operation(
         tag="generation",
         summary="The exact prompts that a completion body gives; nothing is computed",
         takes=CompletionBody,
-        gives=list[gives.RenderedPrompt],
+        gives=list[answers.RenderedPrompt],
+        errors=(*BODY, *MODEL),
+    ),
+    ("POST", "/v1/responses"): Operation(
+        tag="responses",
+        summary="Answer and store, to be gone on from; whole, as a stream or in the background",
+        takes=ResponseBody,
+        gives=other_answers.ResponseAnswer,
+        event=other_answers.ResponseEvent,
+        errors=(*BODY, *ANSWERING),
+    ),
+    ("GET", ONE_RESPONSE): Operation(
+        tag="responses",
+        summary="A stored response, or one that is being computed in the background",
+        query=RetrieveFields,
+        gives=other_answers.ResponseAnswer,
+        errors=MODEL,
+    ),
+    ("DELETE", ONE_RESPONSE): Operation(
+        tag="responses",
+        summary="Delete a response",
+        gives=other_answers.ResponseDeleted,
+        errors=MODEL,
+    ),
+    ("POST", f"{ONE_RESPONSE}/cancel"): Operation(
+        tag="responses",
+        summary="End a response that is being computed in the background",
+        gives=other_answers.ResponseAnswer,
+        errors=MODEL,
+    ),
+    ("GET", f"{ONE_RESPONSE}/input_items"): Operation(
+        tag="responses",
+        summary="What a response was the answer to",
+        query=ItemListFields,
+        gives=other_answers.ResponseItemList,
+        errors=MODEL,
+    ),
+    ("POST", "/v1/messages"): Operation(
+        tag="messages",
+        summary="Answer a conversation as Anthropic's API does",
+        takes=MessagesBody,
+        gives=other_answers.Message,
+        event=other_answers.MessageEvent,
+        error=other_answers.AnthropicError,
+        errors=(*BODY, *ANSWERING),
+    ),
+    ("POST", "/v1/messages/count_tokens"): Operation(
+        tag="messages",
+        summary="Tokens of a conversation",
+        takes=MessagesBody,
+        gives=other_answers.TokenCount,
+        error=other_answers.AnthropicError,
         errors=(*BODY, *MODEL),
     ),
     ("POST", "/v1/completions/score"): Operation(
         tag="generation",
         summary="How probable given continuations of a prompt are",
         takes=ScoreBody,
-        gives=gives.Scores,
+        gives=answers.Scores,
         errors=(*BODY, *ENGINE),
     ),
     ("POST", "/v1/embeddings"): Operation(
         tag="embeddings",
         summary="A vector for each text, from the model's last row",
         takes=EmbeddingBody,
-        gives=gives.EmbeddingList,
+        gives=answers.EmbeddingList,
         errors=(*BODY, *ENGINE),
     ),
     **_utilities(""),
@@ -133,14 +189,14 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         tag="generation",
         summary="End some of one's own requests",
         takes=AbortManyBody,
-        gives=gives.AbortedMany,
+        gives=answers.AbortedMany,
         errors=BODY,
     ),
     ("POST", "/abort_request"): Operation(
         tag="generation",
         summary="End one of one's own requests, or all",
         takes=AbortOneBody,
-        gives=gives.AbortedOne,
+        gives=answers.AbortedOne,
         errors=BODY,
     ),
     ("POST", "/v1/states"): Operation(
@@ -148,14 +204,14 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         summary="Compute a state and keep it",
         takes=StateBody,
         query=ModelFields,
-        gives=gives.State,
+        gives=answers.State,
         errors=(*BODY, *KEEPING),
     ),
     ("GET", "/v1/states"): Operation(
         tag="states",
         summary="The states of this API key, newest first",
         query=ListFields,
-        gives=gives.StateList,
+        gives=answers.StateList,
         errors=MODEL,
     ),
     ("POST", "/v1/states/import"): Operation(
@@ -163,11 +219,11 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         summary="A state from a safetensors file",
         takes=BYTES,
         query=FilingFields,
-        gives=gives.State,
+        gives=answers.State,
         errors=(404, 507),
     ),
     ("GET", ONE_STATE): Operation(
-        tag="states", summary="One state", query=ModelFields, gives=gives.State, errors=MODEL
+        tag="states", summary="One state", query=ModelFields, gives=answers.State, errors=MODEL
     ),
     **{
         (method, ONE_STATE): Operation(
@@ -176,7 +232,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
             takes=FilingFields,
             is_body_needed=False,
             query=ModelFields,
-            gives=gives.State,
+            gives=answers.State,
             errors=(*BODY, *MODEL),
         )
         for method in ("POST", "PATCH")
@@ -185,7 +241,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         tag="states",
         summary="Delete a state",
         query=ModelFields,
-        gives=gives.StateDeleted,
+        gives=answers.StateDeleted,
         errors=MODEL,
     ),
     ("POST", f"{ONE_STATE}/fork"): Operation(
@@ -194,7 +250,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         takes=FilingFields,
         is_body_needed=False,
         query=ModelFields,
-        gives=gives.State,
+        gives=answers.State,
         errors=(*BODY, 404, 507),
     ),
     ("GET", f"{ONE_STATE}/export"): Operation(
@@ -205,39 +261,39 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         errors=MODEL,
     ),
     ("GET", "/v1/models"): Operation(
-        tag="models", summary="The models that are served", gives=gives.ModelList
+        tag="models", summary="The models that are served", gives=answers.ModelList
     ),
     ("GET", "/v1/models/{model_id}"): Operation(
-        tag="models", summary="One model", gives=gives.Model, errors=MODEL
+        tag="models", summary="One model", gives=answers.Model, errors=MODEL
     ),
     ("POST", "/admin/models/reload"): Operation(
         tag="server",
         summary="Change the configuration file and the running models together",
         takes=ReloadBody,
-        gives=gives.Reloaded,
+        gives=answers.Reloaded,
         errors=(*BODY, 503),
     ),
     ("GET", "/health"): Operation(
         tag="server",
         summary="Everything about the state of the server; 503 when a device has failed",
-        gives=gives.Health,
+        gives=answers.Health,
         also=(503,),
     ),
     ("GET", "/health/live"): Operation(
         tag="server",
         summary="503 when only a restart helps",
-        gives=gives.Status,
+        gives=answers.Status,
         also=(503,),
     ),
     ("GET", "/health/ready"): Operation(
         tag="server",
         summary="503 while new requests are refused",
-        gives=gives.Status,
+        gives=answers.Status,
         also=(503,),
     ),
     ("GET", "/metrics"): Operation(tag="server", summary="Prometheus text", gives=TEXT),
     ("GET", "/version"): Operation(
-        tag="server", summary="The version of the server", gives=gives.Version
+        tag="server", summary="The version of the server", gives=answers.Version
     ),
     ("GET", "/"): Operation(tag="server", summary="What this is, as text", gives=TEXT),
     ("GET", "/openapi.json"): Operation(

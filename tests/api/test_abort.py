@@ -85,6 +85,26 @@ async def test_a_stream_ends_in_order_and_by_the_id_of_its_answer(tmp_path: Path
     assert events[-1]["usage"]["completion_tokens"] > 0
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", {"max_tokens": 500, "messages": LONG["messages"]}),
+        ("/v1/responses", {"max_output_tokens": 500, "input": "hi", "store": False}),
+    ],
+)
+async def test_other_protocols_are_told_of_an_error(tmp_path: Path, path: str, body: dict):
+    async with running(tmp_path, delay_s=0.01) as server:
+        for stream in (False, True):
+            asked = {"model": "m", "stream": stream, **body}
+            asking = asyncio.create_task(server.post(path, asked, x_request_id="other"))
+            await eventually(lambda: server.snapshot().num_running > 0)
+            assert await abort(server, "other") == ["other"]
+            reply = await asking
+            assert reply.status == (200 if stream else 400)
+            assert b"the request was aborted by its owner" in reply.body
+        assert is_idle(server)
+
+
 async def test_only_the_owner_of_a_request_can_end_it(tmp_path: Path):
     async with running(tmp_path, delay_s=0.01, api_key="k") as server:
         service, ended = server.service, []

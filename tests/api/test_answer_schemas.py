@@ -15,6 +15,7 @@ from tests.api.harness import Running, chat_body, model_table, running
 DOCUMENT = openapi_document("0")
 STATE = {"return_state": {"label": "x"}}
 TEXT = {"model": "m", "prompt": "hi", "max_tokens": 6}
+MESSAGES = {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
 IDS = {"return_token_ids": True}
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
 
@@ -40,6 +41,22 @@ REQUESTS: list[tuple[str, str, object]] = [
     ("POST", "/v1/completions", TEXT | IDS | {"echo": True, "logprobs": 2, "stream": True}),
     ("POST", "/v1/completions", TEXT | {"prompt": ["a", "b"], "n": 2, "stream": True} | IDS),
     ("POST", "/v1/completions/render", TEXT | {"prompt": ["a", [1, 2]], "logprobs": 1, "n": 2}),
+    ("POST", "/v1/responses", {"model": "m", "input": "hi"}),
+    (
+        "POST",
+        "/v1/responses",
+        {"model": "m", "input": "hi", "store": False, "metadata": {"a": "b"}},
+    ),
+    ("POST", "/v1/responses", {"model": "m", "input": "hi", "max_output_tokens": 3}),
+    ("POST", "/v1/responses", {"model": "m", "input": "hi", "stream": True}),
+    ("POST", "/v1/responses", {"model": "m", "input": "hi", "background": True}),
+    ("GET", "/v1/responses/{response}", None),
+    ("GET", "/v1/responses/{response}/input_items", None),
+    ("DELETE", "/v1/responses/{response}", None),
+    ("POST", "/v1/messages", MESSAGES),
+    ("POST", "/v1/messages", MESSAGES | {"stream": True}),
+    ("POST", "/v1/messages", MESSAGES | {"stop_sequences": ["o"], "max_tokens": 50}),
+    ("POST", "/v1/messages/count_tokens", MESSAGES),
     ("POST", "/v1/chat/completions/render", chat_body()),
     ("POST", "/v1/completions/render", TEXT | {"state": "{state}"}),
     ("POST", "/v1/completions/score", {"model": "m", "prompt": "hi", "choices": ["a", "bc"]}),
@@ -105,7 +122,8 @@ async def test_it_fits(tmp_path: Path, method: str, path: str, body: object):
         state = await state_of(server)
         if isinstance(body, dict) and "state" in body:
             body = body | {"state": state}
-        path = path.replace("{state}", state)
+        response = (await server.post("/v1/responses", {"model": "m", "input": "hi"})).json()["id"]
+        path = path.replace("{state}", state).replace("{response}", response)
         reply = await server.request(method, path, body)
         if path == "/v1/models/m":
             assert reply.json()["max_model_len"] == 3
@@ -141,10 +159,19 @@ async def test_a_deadline_is_an_error_of_its_operation(tmp_path: Path):
     assert reply.error["code"] == "timeout"
 
 
+async def test_anthropics_errors_fit(tmp_path: Path):
+    async with running(tmp_path) as server:
+        reply = await server.post("/v1/messages", {"model": "m"})
+    operation = DOCUMENT["paths"]["/v1/messages"]["post"]
+    name = operation["responses"][str(reply.status)]["$ref"].rpartition("/")[2]
+    content = DOCUMENT["components"]["responses"][name]["content"]["application/json"]["schema"]
+    validate({"components": DOCUMENT["components"], **content}, reply.json())
+
+
 async def test_errors_fit(tmp_path: Path):
     async with running(tmp_path) as server:
         replies = [await server.chat(n=0), await server.get("/nothing"), await server.chat(model=3)]
     for reply in replies:
-        response = DOCUMENT["components"]["responses"][str(reply.status)]
+        response = DOCUMENT["components"]["responses"][f"Error{reply.status}"]
         content = response["content"]["application/json"]["schema"]
         validate({"components": DOCUMENT["components"], **content}, reply.json())

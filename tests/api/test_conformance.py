@@ -95,7 +95,7 @@ def map_case(context: schemathesis.HookContext, case: schemathesis.Case) -> sche
             if isinstance(body.get(name), int | float):
                 body[name] = min(body[name], MOST)
     if is_sound and isinstance(case.path_parameters, dict):
-        known = {"model_id": "m", "state_id": STATE_ID}
+        known = {"model_id": "m", "state_id": STATE_ID, "response_id": "resp_none"}
         case.path_parameters |= {name: known[name] for name in case.path_parameters}
     return case
 
