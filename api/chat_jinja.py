@@ -1,19 +1,33 @@
 """The chat templates of api/chat.py once more in Jinja, for clients that render prompts themselves.
 
-The server does not use them; tests/api/test_chat_jinja.py shows that they say the same.
+The server does not use them. They know neither tools nor thinking; apart from these they say the
+same, as tests/api/test_chat_jinja.py shows.
 """
 
 from __future__ import annotations
 
-from api.chat import OPENINGS, SEPARATOR, Template
+from api.chat import FORMS, Template
 
-_LABELS = (
-    "{%- set labels = {'user': 'User', 'assistant': 'Assistant', 'system': 'System',"
-    " 'developer': 'System', 'tool': 'User'} -%}"
+_NO_TOOLS = (
+    "{%- if tools or messages | selectattr('tool_calls', 'defined') | map(attribute='tool_calls')"
+    " | select | list or 'tool' in messages | map(attribute='role') | map('trim')"
+    " | map('lower') -%}"
+    "{{- raise_exception('this template has no form for tools: send the messages to"
+    " /v1/chat/completions, or ask /v1/chat/completions/render for the prompt') -}}"
+    "{%- endif -%}"
+)
+_ROLE = (
+    "{%- set role = message.role | trim | lower -%}"
+    "{%- set role = 'system' if role == 'developer' else role -%}"
 )
 _CONTENT = (
     "{%- set content = message.content if message.content is string else"
     r" (message.content or []) | map(attribute='text') | join('\n') -%}"
+)
+_WITHOUT_THOUGHT = (
+    "{%- if role == 'assistant' and content.lstrip().startswith('<think>')"
+    " and '</think>' in content -%}"
+    "{%- set content = content.split('</think>', 1)[1] -%}{%- endif -%}"
 )
 # Lines of white space only are left out.
 _COLLAPSED = (
@@ -23,11 +37,12 @@ _COLLAPSED = (
     r"{%- set kept.text = kept.text ~ ('\n' if kept.text else '') ~ line -%}"
     "{%- endfor -%}"
 )
-_LABEL = "{{- labels[message.role.strip().lower()] ~ ':' -}}"
+_LABEL = "{{- labels[role] -}}"
 _TEXTS: dict[Template, str] = {
-    "g1": _COLLAPSED + _LABEL + "{{- ' ' ~ kept.text if kept.text else '' -}}",
+    "g1": _WITHOUT_THOUGHT + _COLLAPSED + _LABEL + "{{- ' ' ~ kept.text if kept.text else '' -}}",
     "rwkv-rs": _LABEL + "{{- ' ' ~ content -}}",
 }
+_OPENINGS: dict[Template, str] = {"g1": "Assistant:", "rwkv-rs": "Assistant: <think>\n"}
 
 
 def _quoted(text: str) -> str:
@@ -35,9 +50,13 @@ def _quoted(text: str) -> str:
 
 
 def _template(name: Template) -> str:
-    separator, opening = _quoted(SEPARATOR), _quoted(OPENINGS[name])
+    form = FORMS[name]
+    separator, opening = _quoted(form.separator), _quoted(_OPENINGS[name])
+    labels = ", ".join(f"'{role}': '{label}'" for role, label in form.labels.items())
+    no_tools = _NO_TOOLS if name == "g1" else ""
     return (
-        f"{_LABELS}{{%- for message in messages -%}}{_CONTENT}{_TEXTS[name]}"
+        f"{no_tools}{{%- set labels = {{{labels}}} -%}}{{%- for message in messages -%}}"
+        f"{_ROLE}{_CONTENT}{_TEXTS[name]}"
         f"{{{{- {separator} if not loop.last or add_generation_prompt else '' -}}}}"
         "{%- endfor -%}"
         f"{{{{- {opening} if add_generation_prompt else '' -}}}}"
