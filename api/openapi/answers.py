@@ -36,6 +36,10 @@ class PromptTokensDetails(Answer, kw_only=True):
     state_tokens: int | UnsetType = UNSET
 
 
+class CompletionTokensDetails(Answer, kw_only=True):
+    reasoning_tokens: int
+
+
 class Usage(Answer, kw_only=True):
     """Tokens; those of the prompt count once, whatever the number of choices."""
 
@@ -43,6 +47,7 @@ class Usage(Answer, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
     context_exceeded: bool | UnsetType = UNSET
 
 
@@ -96,11 +101,6 @@ class TokenLogprob(TopLogprob, kw_only=True):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(Answer, kw_only=True):
-    content: list[TokenLogprob]
-    refusal: None
-
-
 class CompletionLogprobs(Answer, kw_only=True):
     """Lists of equal length; the first token of an echoed prompt has null."""
 
@@ -110,20 +110,6 @@ class CompletionLogprobs(Answer, kw_only=True):
     text_offset: list[int]
 
 
-class ChatAnswerMessage(Answer, kw_only=True):
-    role: Literal["assistant"]
-    content: str
-    refusal: None
-
-
-class ChatChoice(Answer, kw_only=True):
-    index: int
-    message: ChatAnswerMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
-    token_ids: list[int] | UnsetType = UNSET
-
-
 class CompletionHead(Answer, kw_only=True):
     id: str
     created: int
@@ -131,35 +117,6 @@ class CompletionHead(Answer, kw_only=True):
     system_fingerprint: str
     state: State | UnsetType | None = UNSET
     resume: Resume | UnsetType = UNSET
-
-
-class ChatCompletion(CompletionHead, kw_only=True):
-    object: Literal["chat.completion"]
-    choices: list[ChatChoice]
-    usage: Usage
-    prompt_token_ids: list[int] | UnsetType = UNSET
-
-
-class ChatDelta(Answer, kw_only=True):
-    role: Literal["assistant"] | UnsetType = UNSET
-    content: str | UnsetType = UNSET
-
-
-class ChatChunkChoice(Answer, kw_only=True):
-    index: int
-    delta: ChatDelta
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
-    token_ids: list[int] | UnsetType = UNSET
-
-
-class ChatCompletionChunk(CompletionHead, kw_only=True):
-    """The data of one event of a stream."""
-
-    object: Literal["chat.completion.chunk"]
-    choices: list[ChatChunkChoice]
-    prompt_token_ids: list[int] | UnsetType = UNSET
-    usage: Usage | UnsetType | None = UNSET
 
 
 class CompletionChoice(Answer, kw_only=True):

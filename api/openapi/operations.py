@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from api.embedding_body import EmbeddingBody
 from api.message_body import MessagesBody
-from api.openapi import answers, other_answers
+from api.openapi import answers, chat_answers, other_answers
 from api.response_body import ResponseBody
 from api.routes.abort import AbortManyBody, AbortOneBody
 from api.routes.responses import ItemListFields, RetrieveFields
@@ -92,8 +92,8 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         tag="generation",
         summary="Answer a conversation, whole or as a stream",
         takes=ChatBody,
-        gives=answers.ChatCompletion,
-        event=answers.ChatCompletionChunk,
+        gives=chat_answers.ChatCompletion,
+        event=chat_answers.ChatCompletionChunk,
         errors=(*BODY, *ANSWERING),
     ),
     ("POST", "/v1/completions"): Operation(

@@ -10,6 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator, ValidationError
 
 from api.openapi.document import openapi_document
+from api.tool_text import ToolCall, call_text
 from tests.api.harness import Running, chat_body, model_table, running
 
 DOCUMENT = openapi_document("0")
@@ -136,6 +137,35 @@ async def test_it_fits(tmp_path: Path, method: str, path: str, body: object):
     events = list(events_of(schema, reply.body))
     assert events
     for of_data, event in events:
+        validate(of_data, event)
+
+
+TOOL = {"type": "function", "function": {"name": "now"}}
+CALL = f"Well.\n{call_text(ToolCall('now', '{}'))}\0"
+
+
+@pytest.mark.parametrize("streams", [{}, {"stream": True}])
+@pytest.mark.parametrize(
+    ("answer", "fields"),
+    [
+        (">\nSo.\n</think>\nYes.", {"reasoning_effort": "low"}),
+        (f"\n{CALL}", {"tools": [TOOL]}),
+        (f">\nSo.\n</think>\n{CALL}", {"tools": [TOOL], "reasoning_effort": "high"}),
+    ],
+)
+async def test_thoughts_and_calls_fit(tmp_path: Path, monkeypatch, answer, fields, streams):
+    async with running(tmp_path) as server:
+        usage = (await server.chat(**fields, max_tokens=1)).json()["usage"]
+        script = "." * usage["prompt_tokens"] + answer
+        monkeypatch.setattr("tests.api.scripted.SCRIPT", script)
+        reply = await server.chat(**fields, **streams, max_tokens=len(answer))
+    schema = described("POST", "/v1/chat/completions", reply.headers["content-type"].split(";")[0])
+    assert (b"reasoning_content" in reply.body) == ("reasoning_effort" in fields)
+    assert (b"tool_calls" in reply.body) == ("tools" in fields)
+    if not streams:
+        validate(schema, reply.json())
+        return
+    for of_data, event in events_of(schema, reply.body):
         validate(of_data, event)
 
 

@@ -142,7 +142,7 @@ def links_are_not_chained(patch: Patch) -> None:
     def alone(previous: bytes, tokens: Tokens[int]) -> bytes:
         return link(b"", tokens)
 
-    for module in (prefix, matching, simulation_module):
+    for module in (prefix, simulation_module):
         patch.setattr(module, "link", alone)
 
 
@@ -150,7 +150,7 @@ def links_hold_the_first_token_only(patch: Patch) -> None:
     def first(previous: bytes, tokens: Tokens[int]) -> bytes:
         return link(previous, tokens[:1])
 
-    for module in (prefix, matching, simulation_module):
+    for module in (prefix, simulation_module):
         patch.setattr(module, "link", first)
 
 
