@@ -37,10 +37,12 @@ from tests.engine.tracked import Setup
 Example = tuple[Setup, list[Operation]]
 
 
-def request(num_prompt_tokens: int, max_tokens: int, priority: int = 0) -> EngineRequest:
+def request(
+    num_prompt_tokens: int, max_tokens: int, priority: int = 0, first: int = 0
+) -> EngineRequest:
     return EngineRequest(
         request_id="r",
-        prompt_ids=tuple(range(num_prompt_tokens)),
+        prompt_ids=tuple(range(first, first + num_prompt_tokens)),
         sampling=SamplingParams(max_tokens=max_tokens, stop_token_ids=()),
         priority=priority,
     )
@@ -102,6 +104,23 @@ ON_PURPOSE: list[Example] = [
             Plan(),
             Add((request(1, 12, 1),) * 3),
             Step(3),
+        ],
+    ),
+    (  # more pages are written than there is room for files, one of them of a state to keep
+        Setup(
+            num_slots=1,
+            max_batch_size=1,
+            paragraph_len=1,
+            depth=1,
+            has_cache=True,
+            num_frames=2,
+            max_files=2,
+            time_slice_tokens=2,
+        ),
+        [
+            Add((request(1, 0), request(2, 0))),
+            Add((request(1, 4, first=1),) * 2),
+            Keep(request(1, 0), None),
         ],
     ),
     (  # the state to keep is there, in the only slot
