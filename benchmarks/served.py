@@ -118,6 +118,12 @@ class Server:
         assert process.stdout is not None
         process.stdout.close()
 
+    @property
+    def pid(self) -> int:
+        """Of the running process."""
+        assert self._process is not None, f"{self.name} does not run"
+        return self._process.pid
+
     def restart(self) -> None:
         self.stop()
         self.start()
