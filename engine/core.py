@@ -208,7 +208,7 @@ class EngineCore:
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             num_slots=self._info.num_slots,
-            num_free_slots=self._scheduler.cache.num_available,
+            num_free_slots=self._scheduler.cache.tiers.num_available,
             cache=self._scheduler.cache.stats,
             is_accepting=self._is_accepting and self._death is None,
             is_dead=self._death is not None,
@@ -254,7 +254,8 @@ class EngineCore:
 
     def _check_queue(self) -> None:
         scheduler, limits = self._scheduler, self._scheduler.limits
-        if scheduler.num_waiting - scheduler.num_admissible >= limits.max_waiting:
+        num_over = scheduler.num_waiting - limits.max_waiting
+        if num_over >= 0 and num_over >= scheduler.num_admissible:
             retry_s = self._responses.rate.retry_after_s(scheduler.num_waiting, perf_counter())
             raise Overloaded(
                 f"{scheduler.num_waiting} requests wait already (max_waiting ="

@@ -74,7 +74,7 @@ class Scheduler:
     @property
     def num_admissible(self) -> int:
         """How many sequences could be admitted now, memory and seats counted."""
-        return min(len(self._free_seats), self.cache.num_available)
+        return min(len(self._free_seats), self.cache.tiers.num_available)
 
     def reconfigure(self, limits: LiveLimits) -> None:
         """Use new limits from the next plan on. Raises ValueError and keeps the old ones."""
@@ -223,7 +223,7 @@ class Scheduler:
 
     def _give_way(self) -> None:
         """Let a running sequence wait if one that waits has more right to its place."""
-        if not self._waiting or self.num_admissible > 0:
+        if not self._waiting or (self._free_seats and self.cache.tiers.has_more_than(0)):
             return
         ready = (seq for seq in self._waiting if not self.cache.must_wait(seq))
         first = next(islice(ready, 1), None)
@@ -272,7 +272,8 @@ class Scheduler:
             del self._waiting[num_passed]
             starts.append(self._start(seq))
             for other in self._waiting[num_passed : num_passed + len(self._free_seats)]:
-                self.cache.must_wait(other)  # it may ask for a snapshot where this row must end
+                if self.cache.may_share(seq, other):
+                    self.cache.must_wait(other)  # it may ask for a snapshot where this row must end
             rows.append(self._row(seq, 1 if seq.can_decode else self._chunk_len(seq, budget)))
             budget -= rows[-1].num_tokens
         return rows, starts

@@ -67,11 +67,6 @@ class StateCache:
         self._num_swaps = 0
 
     @property
-    def num_available(self) -> int:
-        """Slots a new sequence could get."""
-        return self.tiers.num_available
-
-    @property
     def stats(self) -> CacheStats:
         tiers = self.tiers
         return CacheStats(
@@ -140,6 +135,10 @@ class StateCache:
     def must_wait(self, seq: Sequence) -> bool:
         """What the sequence begins from is on its way."""
         return self._matching.must_wait(seq)
+
+    def may_share(self, first: Sequence, second: Sequence) -> bool:
+        """The prompts begin alike, as far as one could leave a snapshot for the other."""
+        return self._matching.may_share(first, second)
 
     def is_lost(self, seq: Sequence) -> bool:
         """The state that a waiting sequence must go on from could not be read back."""

@@ -73,11 +73,22 @@ class Matching:
         """
         if seq.status is SequenceStatus.SWAPPED:
             return not seq.is_settled or not self._is_near(seq.parked)
-        if seq.keeps_prompt and self._lacks_frame(seq):
+        page, num_tokens = self.match(seq)
+        if seq.keeps_prompt and self._lacks_frame(page):
             return True  # its state could not be kept; those who have the frames go on meanwhile
-        if self._seed is not None and (self._is_owned(seq) or self._is_fetching_better(seq)):
+        if self._seed is not None and self._is_owned(seq, num_tokens):
             return True
-        return not self._is_near(self.match(seq)[0])
+        if page is not None and page is not seq.base and self._is_far(page):
+            if self._is_fetching(page, num_tokens):
+                return True
+            seq.has_fetched = True  # go without it
+            page, _ = self.match(seq)
+        return not self._is_near(page)
+
+    def may_share(self, first: Sequence, second: Sequence) -> bool:
+        """The two prompts begin alike, as far as anybody could leave a snapshot for the other."""
+        self.chain_up(second)
+        return first.chain[1:2] == second.chain[1:2] or first.end_digest == second.end_digest
 
     def _is_usable(self, seq: Sequence, page: Page) -> bool:
         return page.slot is not None or page.frame is not None or not seq.has_fetched
@@ -90,32 +101,29 @@ class Matching:
             self._tiers.fetch(page)
         return False
 
-    def _lacks_frame(self, seq: Sequence) -> bool:
-        """There is no frame for its state beside that of the page to begin from."""
-        page, _ = self.match(seq)
+    def _lacks_frame(self, page: Page | None) -> bool:
+        """There is no frame for a state to keep beside that of the page to begin from."""
         has_frame = page is not None and page in self._tiers.in_host
         return self._tiers.num_frames_available <= has_frame
 
-    def _is_fetching_better(self, seq: Sequence) -> bool:
-        """The best page is in a file only: ask for it, once, if it saves enough."""
-        page, num_tokens = self.match(seq)
-        if page is None or page is seq.base or page.slot is not None or page.frame is not None:
-            return False
-        if self._tiers.files.is_reading(page):
-            return True
-        if num_tokens < self._tiers.files.min_tokens or not self._tiers.fetch(page):
-            seq.has_fetched = True  # go without it
-            return False
-        return True
+    def _is_far(self, page: Page) -> bool:
+        """The page is in a file only, if anywhere."""
+        return self._seed is not None and page.slot is None and page.frame is None
 
-    def _is_owned(self, seq: Sequence) -> bool:
-        """Somebody is computing what this prompt begins with, and will leave it."""
+    def _is_fetching(self, page: Page, num_tokens: int) -> bool:
+        """It is being read from its file: for others already, or now if it saves enough."""
+        files = self._tiers.files
+        if files.is_reading(page):
+            return True
+        return num_tokens >= files.min_tokens and self._tiers.fetch(page)
+
+    def _is_owned(self, seq: Sequence, num_cached: int) -> bool:
+        """Somebody is computing what this prompt begins with, beyond the tokens that are there,
+        and will leave it."""
         if seq.awaited is None:
-            num_cached = self.match(seq)[1]
             if num_cached == seq.num_prompt_tokens:
                 return False
-            least = num_cached + self._min_awaited_tokens
-            seq.awaited = self._owners.ask(seq, least)
+            seq.awaited = self._owners.ask(seq, num_cached + self._min_awaited_tokens)
         return is_awaiting(seq)
 
     def chain_up(self, seq: Sequence) -> None:

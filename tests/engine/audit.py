@@ -87,7 +87,7 @@ def check_plan(sim: Simulation, before: Before, plan: StepPlan | None) -> None:
         is_excused = is_excused or bool(sim.disk.jobs or sim.tiers.frames)
         assert (
             is_excused
-            or sim.cache.num_available + num_pages_held(sim) > 0
+            or sim.cache.tiers.num_available + num_pages_held(sim) > 0
             or all(has_companion(sim, tracked) for tracked in passed)
         ), "a snapshot took the slot of somebody who could begin"
 

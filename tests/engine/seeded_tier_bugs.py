@@ -158,8 +158,7 @@ def held_page_is_bound_to_its_slot(patch: Patch) -> None:
 def frame_for_a_state_is_counted_twice(patch: Patch) -> None:
     """Found by the property: who was let pass by the one that waits for a frame could not begin."""
 
-    def lacks_frame(self: Matching, seq: Sequence) -> bool:
-        page, _ = self.match(seq)
+    def lacks_frame(self: Matching, page: Page | None) -> bool:
         is_loaded = page is not None and page.slot is None and page in self._tiers.in_host
         return self._tiers.num_frames_available <= is_loaded
 

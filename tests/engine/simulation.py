@@ -155,10 +155,12 @@ class Simulation:
             return
         tracked = alive[index % len(alive)]
         seq = tracked.seq
-        num_available = self.cache.num_available
+        num_available = self.cache.tiers.num_available
         num_held = (seq.slot is not None) + len(seq.frozen)
         self.scheduler.finish(seq, FinishReason.ABORT)
-        assert self.cache.num_available >= num_available + num_held, "an abort left its slot in use"
+        assert self.cache.tiers.num_available >= num_available + num_held, (
+            "an abort left its slot in use"
+        )
         self.check()
 
     def swap_out(self, index: int) -> None:
@@ -236,7 +238,7 @@ class Simulation:
             self.let_go(0)
         while self.disk.jobs:
             self.work_disk()
-        assert self.cache.num_available == self.setup.num_slots, "a slot leaked"
+        assert self.cache.tiers.num_available == self.setup.num_slots, "a slot leaked"
         assert self.scheduler.num_admissible == min(
             self.setup.num_slots, self.setup.max_batch_size
         ), "a seat leaked"
