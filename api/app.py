@@ -24,7 +24,7 @@ from api.routes.messages import message_routes
 from api.routes.models import model_routes
 from api.routes.render import render_routes
 from api.routes.responses import response_routes
-from api.routes.route import Route
+from api.routes.route import Handler, Route
 from api.routes.scores import score_routes
 from api.routes.state_creation import state_creation_routes
 from api.routes.states import state_routes
@@ -72,9 +72,10 @@ def all_routes(service: Service, reloader: Reloader) -> list[Route]:
 def _application(routes: Sequence[Route]) -> Application:
     app = QuietApplication(router=Router())
     for route in routes:
-        app.router.add(route.method, route.path, route.handler)
+        handler = _for_admins(route.handler) if route.needs_admin else route.handler
+        app.router.add(route.method, route.path, handler)
         if route.method == "GET":
-            app.router.add("HEAD", route.path, route.handler)
+            app.router.add("HEAD", route.path, handler)
 
     async def fallback(request: Request) -> Response:
         raise _no_such_route(app, request)
@@ -94,6 +95,14 @@ def _application(routes: Sequence[Route]) -> Application:
     app.exceptions_handlers[HTTPException] = on_http_error
     app.exceptions_handlers[500] = on_crash
     return app
+
+
+def _for_admins(handler: Handler) -> Handler:
+    async def checked(request: Request) -> Response:
+        lifetime_of(request).caller.check_admin()
+        return await handler(request)
+
+    return checked
 
 
 def _refusal(request: Request, error: ApiError) -> Response:

@@ -18,14 +18,7 @@ from typing import Any, cast
 
 from blacksheep import Request
 
-from api.access import (
-    OPEN_PATHS,
-    check_api_key,
-    cors_headers,
-    header,
-    owner_of,
-    preflight_headers,
-)
+from api.access import OPEN_PATHS, Caller, caller_of, cors_headers, header, preflight_headers
 from api.dialect import error_body, request_id_headers
 from api.errors import ApiError, Headers
 from config import InferConfig
@@ -38,6 +31,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 logger = logging.getLogger("api.access")
 
 LIFETIME_KEY = "rwkv.lifetime"
+PROBE_PATHS = OPEN_PATHS | {"/metrics"}
 CLIENT_GONE = 499  # nginx's code for a client that closed first; only ever logged
 LINGER_S = 1.0  # a refused upload is read on for so long, or a reset could overtake the answer
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
@@ -50,12 +44,16 @@ class ClientGone(Exception):
 class Lifetime:
     """What a route may know of its request's life. Found in the ASGI scope at LIFETIME_KEY."""
 
-    __slots__ = ("_callbacks", "owner", "request_id")
+    __slots__ = ("_callbacks", "caller", "request_id")
 
-    def __init__(self, request_id: str, owner: str) -> None:
+    def __init__(self, request_id: str, caller: Caller) -> None:
         self.request_id = request_id
-        self.owner = owner  # whose states it may use
+        self.caller = caller
         self._callbacks: list[Callable[[], None]] = []
+
+    @property
+    def owner(self) -> str:
+        return self.caller.owner
 
     def on_end(self, callback: Callable[[], None]) -> None:
         """Call back when the answer is out, or failed, or nobody waits for it any more."""
@@ -94,17 +92,16 @@ class LifetimeGuard:
                 answer.extra = ()  # the preflight's headers hold them already
                 await answer.send_whole(204, preflight)
                 return
-            check_api_key(config.api_key, scope["path"], headers)
+            caller = caller_of(config, scope["path"], headers)
             body = await _read_body(receive, headers, config.request_body_limit_bytes)
-            lifetime = Lifetime(answer.request_id, owner_of(config.api_key, headers))
-            await self._run(scope, lifetime, body, receive, answer)
+            await self._run(scope, Lifetime(answer.request_id, caller), body, receive, answer)
         except ApiError as error:
             await _refuse(error, receive, answer)
         except ClientGone:
             answer.status = CLIENT_GONE
         finally:
             # Probes come every second and say nothing.
-            level = logging.DEBUG if scope["path"] in OPEN_PATHS else logging.INFO
+            level = logging.DEBUG if scope["path"] in PROBE_PATHS else logging.INFO
             logger.log(
                 level,
                 "%s %s %d %.1f ms %s",

@@ -133,7 +133,7 @@ async def serve(
         gc.collect()
         gc.freeze()  # weights and modules live as long as the process; do not scan them again
         infos = [replica.client.info for replica in service.registry.replicas]
-        text = summary(infos, server.address, config.api_key is not None)
+        text = summary(infos, server.address, bool(config.client_api_keys))
         with handle_signals(service, server):
             await server.run_until_stopped(lambda: announce(text))
 

@@ -77,7 +77,8 @@ def convert_value(spec: KeySpec, value: object, folder: Path) -> object:
         reason = _readable(what, value, spec)
         if place and isinstance(value, list):  # place is "[index]`": no key holds deeper lists
             index = int(place.strip("[]`"))
-            raise ConfigError(reason, key=f"{spec.name}[{index}]", value=value[index]) from None
+            shown_item = NO_VALUE if spec.key.is_secret else value[index]
+            raise ConfigError(reason, key=f"{spec.name}[{index}]", value=shown_item) from None
         raise ConfigError(reason, key=spec.name, value=shown_value) from None
 
 

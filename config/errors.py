@@ -47,6 +47,12 @@ def at(file: str | Path, table: str = "") -> Iterator[None]:
 
 
 def shown(value: object) -> str:
-    """The value as TOML writes it (or close to it), cut to a readable length."""
+    """The value as TOML writes it (or close to it), cut to a readable length.
+
+    Not what is in tables: under a header that is spelled wrongly they hold secrets, too.
+    """
+    tables = value if isinstance(value, list) else [value]
+    if any(isinstance(table, dict) for table in tables):
+        return "[{...}]" if value is tables else "{...}"
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 3] + "..."

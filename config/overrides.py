@@ -7,6 +7,7 @@ Relative paths start at the working folder, as they do for any other command.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -47,8 +48,11 @@ def override_infer(table: Table, overrides: Iterable[str]) -> None:
 
 def _split(override: str) -> tuple[str, str]:
     key, equals, value = override.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"expected key=value, got {override!r}", file="--set")
+    if not equals:
+        word = re.split(r"[^\w.]", override)[0]  # what follows may be a secret
+        raise ConfigError(f"expected key=value, got {word!r} and no =", file="--set")
+    if not key.strip():
+        raise ConfigError("expected key=value, got no key in front of the =", file="--set")
     return key.strip(), value.strip()
 
 

@@ -240,6 +240,23 @@ class InferConfig:
         str | None,
         Key("what clients must send as Bearer token; unset = open", is_secret=True, reload="live"),
     ] = field(default=None, repr=False)
+    api_keys: Annotated[
+        tuple[str, ...],
+        Key(
+            "(new) more such keys; each sees only the states and responses made with it",
+            is_secret=True,
+            reload="live",
+        ),
+    ] = field(default=(), repr=False)
+    admin_api_key: Annotated[
+        str | None,
+        Key(
+            "(new) the key that /admin routes want; it opens the others as well; unset = they want"
+            " one of those above",
+            is_secret=True,
+            reload="live",
+        ),
+    ] = field(default=None, repr=False)
     drain_timeout_s: Annotated[
         NonNegativeFloat,
         Key("(new) how long running requests may go on after SIGTERM", reload="live"),
@@ -257,7 +274,7 @@ class InferConfig:
     def __post_init__(self) -> None:
         check_only(self)
         BindAddress.parse(self.http_bind_addr)
-        _check_api_key(self.api_key)
+        _check_api_keys(self)
         for origin in self.allowed_origins or ():
             _check_origin(origin)
         if not self.models:
@@ -269,14 +286,28 @@ class InferConfig:
                 raise ConfigError(reason, key=f"models[{index}].model_name", value=name)
 
     @property
+    def client_api_keys(self) -> tuple[str, ...]:
+        """All that clients may send; none = open."""
+        return (*(() if self.api_key is None else (self.api_key,)), *self.api_keys)
+
+    @property
     def bind_address(self) -> BindAddress:
         return BindAddress.parse(self.http_bind_addr)
 
 
-def _check_api_key(api_key: str | None) -> None:
-    if api_key is not None and not re.fullmatch("[!-~]+", api_key):
-        reason = "must be printable ASCII without spaces; leave it out to serve without a key"
-        raise ConfigError(reason, key="api_key")
+def _check_api_keys(config: InferConfig) -> None:
+    """Says which key is wrong, and never what it is."""
+    keys = {f"api_keys[{index}]": key for index, key in enumerate(config.api_keys)}
+    single = {"api_key": config.api_key, "admin_api_key": config.admin_api_key}
+    keys |= {name: key for name, key in single.items() if key is not None}
+    names: dict[str, str] = {}
+    for name, key in keys.items():
+        if not re.fullmatch("[!-~]+", key):
+            reason = "must be printable ASCII without spaces; leave it out to serve without a key"
+            raise ConfigError(reason, key=name)
+        if key in names:
+            raise ConfigError(f"is the same as {names[key]}; keys must differ", key=name)
+        names[key] = name
 
 
 def _check_origin(origin: str) -> None:

@@ -234,7 +234,10 @@ def _lines(data: bytes) -> list[bytes]:
 
 
 def _parse(data: bytes, path: Path) -> dict[int, bytes]:
-    """id -> bytes. Raises TokenizerError with file and line for whatever could encode wrongly."""
+    """id -> bytes. Raises TokenizerError with file and line for whatever could encode wrongly.
+
+    It does not quote the line: somebody who may name a file must not get to see it that way.
+    """
     table: dict[int, bytes] = {}
     ids: dict[bytes, int] = {}
     for number, line in enumerate(_lines(data), 1):
@@ -262,15 +265,15 @@ def _parse_line(line: str) -> tuple[int, bytes]:
     id_field, _, rest = line.partition(" ")
     literal, _, length_field = rest.rpartition(" ")
     if not literal:
-        raise ValueError(f"expected `ID LITERAL LENGTH`, found {line[:80]!r}")
+        raise ValueError("expected `ID LITERAL LENGTH`")
     if not (id_field.isascii() and id_field.isdigit() and int(id_field) > 0):
-        raise ValueError(f"expected a positive id (0 is end of text), found {id_field[:80]!r}")
+        raise ValueError("expected a positive id in front (0 is end of text)")
     token = _parse_literal(literal)
     if not token:
         raise ValueError("the literal is empty: a token has at least one byte")
     if length_field != str(len(token)):
         raise ValueError(
-            f"{literal[:80]} has {len(token)} bytes, but the line ends with {length_field[:80]!r}"
+            f"the literal has {len(token)} bytes, but the line does not end with that number"
         )
     return int(id_field), token
 
@@ -287,5 +290,5 @@ def _parse_literal(literal: str) -> bytes:
         if isinstance(value, bytes):
             return value
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-        raise ValueError(f"not a Python literal: {literal[:80]}") from error
-    raise ValueError(f"expected a string or bytes literal, found {literal[:80]}")
+        raise ValueError("what is behind the id is not a Python literal") from error
+    raise ValueError(f"expected a string or bytes literal, found {type(value).__name__}")

@@ -54,7 +54,7 @@ def openapi_document(version: str) -> Json:
                 "key": {
                     "type": "http",
                     "scheme": "bearer",
-                    "description": "the api_key of the configuration, where there is one",
+                    "description": "a key of the configuration, where there is one",
                 }
             },
         },

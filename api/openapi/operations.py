@@ -271,7 +271,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         summary="Change the configuration file and the running models together",
         takes=ReloadBody,
         gives=answers.Reloaded,
-        errors=(*BODY, 503),
+        errors=(403, *BODY, 503),
     ),
     ("GET", "/health"): Operation(
         tag="server",

@@ -27,7 +27,7 @@ def admin_routes(service: Service, reloader: Reloader) -> list[Route]:
         plan = await asyncio.shield(work)
         return json_response(_report(plan, body.dry_run))
 
-    return [Route("POST", "/admin/models/reload", reload_models)]
+    return [Route("POST", "/admin/models/reload", reload_models, needs_admin=True)]
 
 
 async def _patch(reloader: Reloader, change: Patch, is_dry_run: bool) -> ReloadPlan:

@@ -16,14 +16,15 @@ def index_routes(service: Service) -> list[Route]:
 
     async def index(request: Request) -> Response:
         host = (request.get_first_header(b"host") or b"localhost").decode("latin-1")
-        names, has_key = service.registry.names, service.config.api_key is not None
+        has_key = bool(service.config.client_api_keys)
+        names = [] if has_key else service.registry.names  # not for everybody to know
         lines = [
             "RWKV-7 inference server, OpenAI protocol",
             "",
-            f"Models: {', '.join(names)}",
+            f"Models: {', '.join(names) or 'GET /v1/models with an API key'}",
             "",
             "Try it:",
-            *(curl_example(f"http://{host}", name, has_key) for name in names[:1]),
+            curl_example(f"http://{host}", names[0] if names else "MODEL", has_key),
             "",
             "POST /v1/chat/completions    POST /v1/completions",
             "POST /v1/responses           POST /v1/messages",

@@ -12,8 +12,12 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """`path` is a BlackSheep pattern; the handler's parameter must be called `request`."""
+    """`path` is a BlackSheep pattern; the handler's parameter must be called `request`.
+
+    Those with `needs_admin` are closed to the API keys of clients, where there is an admin_api_key.
+    """
 
     method: str
     path: str
     handler: Handler
+    needs_admin: bool = False

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from api.access import owner_of
+from api.access import Caller, owner_of
 from api.lifetime import Lifetime
 from api.running import RunningRequests
 from tests.api.harness import (
@@ -108,7 +108,7 @@ async def test_other_protocols_are_told_of_an_error(tmp_path: Path, path: str, b
 async def test_only_the_owner_of_a_request_can_end_it(tmp_path: Path):
     async with running(tmp_path, delay_s=0.01, api_key="k") as server:
         service, ended = server.service, []
-        other = Lifetime("theirs", owner_of("other", ((b"authorization", b"Bearer other"),)))
+        other = Lifetime("theirs", Caller(owner_of(b"other"), has_key=True))
         service.running.enter(other, lambda: ended.append("theirs"))
         assert await abort(server, "theirs", authorization="Bearer k") == []
         reply = await server.post("/abort_request", {"abort_all": True}, authorization="Bearer k")
@@ -169,7 +169,7 @@ async def test_errors_name_the_field(tmp_path: Path, path: str, body: dict, para
 
 def test_what_has_ended_is_forgotten():
     requests, calls = RunningRequests(), []
-    lifetime = Lifetime("id", "me")
+    lifetime = Lifetime("id", Caller("me"))
     requests.enter(lifetime, lambda: calls.append(1), "answer")
     assert requests.cancel("me", ["answer", "id", "answer"]) == ["answer", "id"]
     assert calls == [1], "it is ended once"

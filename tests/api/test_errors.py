@@ -117,7 +117,7 @@ async def test_log_has_a_line_per_request_and_none_per_probe(tmp_path: Path, cap
 class TestApiKey:
     async def test_key_is_asked_for_except_by_probes(self, tmp_path: Path):
         async with running(tmp_path, api_key="sk-1") as server:
-            for path in ("/", "/health", "/health/live", "/health/ready", "/metrics"):
+            for path in ("/", "/health", "/health/live", "/health/ready", "/docs"):
                 assert (await server.get(path)).status == 200, path
             missing = await server.get("/v1/models")
             assert_error(missing, 401, "invalid_api_key")

@@ -254,20 +254,14 @@ class TestOwner:
         assert (reply.status, reply.error["code"]) == (404, "state_not_found")
         assert found.json() == own
         assert [state["id"] for state in listed["data"]] == [own["id"]]
-        assert asked.owner == owner_of("sk-1", ((b"authorization", b"Bearer sk-1"),))
+        assert asked.owner == owner_of(b"sk-1")
 
     def test_owner_follows_from_the_key_and_does_not_show_it(self):
-        owners = {
-            owner_of("k", ((b"authorization", value),)) for value in (b"Bearer sk-1", b"sk-1")
-        }
-        (owner,) = owners
+        owner = owner_of(b"sk-1")
         assert len(owner) == 32
         assert int(owner, 16)
         assert "sk-1" not in owner
-        assert owner != owner_of("k", ((b"authorization", b"sk-2"),))
-
-    def test_open_server_has_one_owner(self):
-        assert owner_of(None, ((b"authorization", b"Bearer sk-1"),)) == ""
+        assert owner != owner_of(b"sk-2")
 
 
 async def test_hints_are_where_messages_begin(tmp_path: Path):

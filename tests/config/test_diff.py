@@ -123,6 +123,8 @@ def test_another_order_of_models_asks_for_nothing(tmp_path: Path) -> None:
     "line",
     [
         'api_key = "k"',
+        'api_keys = ["k"]',
+        'admin_api_key = "k"',
         'allowed_origins = ["http://a"]',
         "request_body_limit_bytes = 1",
         "sse_keep_alive_ms = 1",
