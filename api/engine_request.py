@@ -33,7 +33,7 @@ def check_room(body: GenerationBody, table: ModelTable) -> None:
 
 
 def engine_requests(
-    body: GenerationBody, placed: Placed, owner: str, answer_id: str
+    body: GenerationBody, placed: Placed, owner: str, request_id: str
 ) -> list[EngineRequest]:
     """All candidates of the first prompt, then those of the next. Raises ApiError 400.
 
@@ -47,14 +47,14 @@ def engine_requests(
         _check_num_scores(body, placed)
     requests = []
     for prompt in placed.prompts:
-        request = _request(body, placed, prompt, sampling, owner, answer_id, scores_from)
+        request = _request(body, placed, prompt, sampling, owner, request_id, scores_from)
         for number in range(body.num_candidates):
             seed = (sampling.seed + number) % NUM_SEEDS
             requests.append(replace(request, sampling=replace(sampling, seed=seed)))
     if len(requests) == 1:
         return requests
     return [
-        replace(request, request_id=f"{answer_id}-{number}")
+        replace(request, request_id=f"{request_id}-{number}")
         for number, request in enumerate(requests)
     ]
 
@@ -77,11 +77,11 @@ def _request(
     prompt: PlacedPrompt,
     sampling: SamplingParams,
     owner: str,
-    answer_id: str,
+    request_id: str,
     scores_from: int | None,
 ) -> EngineRequest:
     return EngineRequest(
-        request_id=answer_id,
+        request_id=request_id,
         prompt_ids=prompt.encoded.ids,
         sampling=sampling,
         priority=body.rank,

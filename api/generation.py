@@ -79,6 +79,8 @@ async def accept(
     """
     lifetime = lifetime_of(http_request)
     answer_id = f"{id_prefix}-{body.request_id or uuid.uuid4().hex}"
+    if body.request_id is not None:
+        service.running.check_new(lifetime.owner, answer_id, body.request_id)
     accepted = await queue(service, lifetime.owner, body, prompts_for, answer_id)
     answers = accepted.answers
     answers.keeps_aborted = keeps_aborted
@@ -96,12 +98,14 @@ async def queue(
     """
     if service.is_draining:
         raise draining()
+    # Two owners may choose one id, and shall not notice.
+    engine_id = answer_id if body.request_id is None else f"{answer_id}-{uuid.uuid4().hex}"
     requests: list[EngineRequest] = []
     prompts: list[ChoicePrompt] = []
     form, resumed = None, None
     if body.resume is not None:
         replica = service.registry.get(body.model)
-        streams = [_resumed(replica.client, body.resume, owner, answer_id)]
+        streams = [_resumed(replica.client, body.resume, owner, engine_id)]
         resumed = streams[0].resumed
     else:
 
@@ -111,7 +115,7 @@ async def queue(
 
         placed = await place(service.registry, body.model, prompts_now)
         replica = placed.replica
-        requests = engine_requests(body, placed, owner, answer_id)
+        requests = engine_requests(body, placed, owner, engine_id)
         streams = _submit(placed, requests)
         prompts = choice_prompts(placed, body.num_choices)
         form = placed.prompts[0].prompt.form

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from api.errors import cancelled
+from api.errors import cancelled, invalid
 from api.lifetime import Lifetime
 
 
@@ -38,6 +38,13 @@ class RunningRequests:
 
     def __len__(self) -> int:
         return len(self._requests)
+
+    def check_new(self, owner: str, answer_id: str, request_id: str) -> None:
+        """Raise ApiError 400 where an answer of that id, which the owner chose, is running."""
+        if any(answer_id in one.ids for one in self._of(owner)):
+            raise invalid(
+                f"'request_id' = {request_id!r} is that of a request that is running", "request_id"
+            )
 
     def enter(
         self, lifetime: Lifetime, abort: Callable[[], None], *more_ids: str | None

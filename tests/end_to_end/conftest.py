@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.end_to_end.process import ServerProcess, serving
-from tests.end_to_end.site import Server, Site
+from tests.end_to_end.site import KEYS, Server, Site
 
 
 @pytest.fixture(scope="session")
@@ -26,4 +26,18 @@ def state_site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 @pytest.fixture(scope="session")
 def state_server(state_site: Site) -> Iterator[Server]:
     with state_site.serving() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def closed_site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """The embedded model with a disk, two clients and an administrator: `KEYS` of site.py."""
+    folder = tmp_path_factory.mktemp("closed")
+    return Site(folder, model={"state_dir": str(folder / "states")}, **KEYS)
+
+
+@pytest.fixture(scope="session")
+def closed_server(closed_site: Site) -> Iterator[Server]:
+    """As the first of the clients."""
+    with closed_site.serving() as running:
         yield running

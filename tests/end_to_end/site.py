@@ -26,6 +26,9 @@ TABLE: Mapping[str, object] = {
     "host_state_mib": 32,
 }
 
+ALICE, BOB, ADMIN = "sk-alice", "sk-bob", "sk-admin"
+KEYS: Mapping[str, object] = {"api_key": ALICE, "api_keys": [BOB], "admin_api_key": ADMIN}
+
 STORY = "Once upon a time there was a cat who lived in a small house near the sea."
 ADDED = " One day the cat saw a big fish."  # its tokens are the same behind any sentence
 
@@ -80,6 +83,10 @@ class Server:
     def __init__(self, process: ServerProcess, key: str | None = None) -> None:
         self.process = process
         self.key = key
+
+    def asking_as(self, key: str | None) -> Server:
+        """The same process, for a client with another key or none."""
+        return Server(self.process, key)
 
     @property
     def log(self) -> str:
