@@ -46,8 +46,8 @@ class Site:
 
     @property
     def state_dir(self) -> Path:
-        """The one folder of this model in `state_dir`."""
-        (found,) = Path(str(self.model["state_dir"])).iterdir()
+        """The one folder of this model in `state_dir`, beside the stored responses."""
+        (found,) = filter(Path.is_dir, Path(str(self.model["state_dir"])).iterdir())
         return found
 
     def files(self, kind: str) -> list[Path]:
