@@ -20,9 +20,10 @@ ONE, TWO, THREE, ADMIN = (f"{SECRET}-{name}" for name in ("one", "two", "three",
 WRONG = "sk-wr0ng-guess"
 BROKEN = [mistake for number, mistake in enumerate(MISTAKES) if number % 4 == 0]  # each 0.3 s
 
+# The first line has no spaces: as a line of a vocabulary it is one word.
 SERVER_KEYS = f"""\
+api_key="{ONE}"#{SECRET}-in-a-comment
 # who may call
-api_key = "{ONE}"            # {SECRET} in a comment
 api_keys = ["{TWO}"]  # the second one
 admin_api_key = '{ADMIN}'
 http_bind_addr = "127.0.0.1:0"
