@@ -216,6 +216,10 @@ async def test_bug_04_drain_under_requests_fails_none_that_was_accepted(tmp_path
         await asyncio.wait_for(drain(server.service, server.server), 20)
         await asyncio.wait(clients)
         done = [client.exception() for client in clients]
+        num_accepted = len(server.engine.requests)
+    answered = [reply for reply in replies if reply.status == 200]
+    assert len(answered) == num_accepted
+    assert {finish_reason(reply) for reply in answered} == {"length"}
     assert {reply.status for reply in replies} <= {200, 503}, replies
     assert all(error is None or isinstance(error, OSError) for error in done), done
 
