@@ -63,7 +63,7 @@ FORMS: Mapping[Template, Form] = {
 }
 TOOL_FORM = Form(HEADINGS, "\n", "\n", ("\n### User", "\n### System", "\n### Tool Output"))
 
-BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
+BLANK_LINES = re.compile(r"\n\s*\n")
 PAST_THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 OPEN_THOUGHT = re.compile(r"\s*<think>(?!.*</think>)", re.DOTALL)
 

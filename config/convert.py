@@ -22,6 +22,8 @@ from config.schema import WORLD_VOCAB
 
 Table = dict[str, object]
 
+MAX_GUESSED_CHARS = 100  # of an unknown word; the search for a close one takes time for each
+
 
 def convert_table(table: Mapping[str, object], config_class: type, folder: Path) -> Table:
     """Typed values by field name, defaults included. Paths start at `folder`.
@@ -101,7 +103,7 @@ def unknown_key(key: str, known: Iterable[str]) -> ConfigError:
 
 
 def _guess(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
+    close = difflib.get_close_matches(word[:MAX_GUESSED_CHARS], known, n=1)
     return f'; did you mean "{close[0]}"?' if close else ""
 
 

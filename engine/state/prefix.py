@@ -9,6 +9,7 @@ of it. Pages are whole and independent, so a dict finds them; there is no tree t
 from __future__ import annotations
 
 import struct
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 
@@ -64,7 +65,8 @@ class PrefixIndex:
         self._paragraph_len = paragraph_len
         self._max_ghosts = max_ghosts
         self._pages: dict[bytes, Page] = {}
-        self._ghosts: dict[bytes, None] = {}  # in order of insertion
+        # In order of insertion. A dict would look for its first one past all that were deleted.
+        self._ghosts: OrderedDict[bytes, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._pages)
@@ -94,8 +96,11 @@ class PrefixIndex:
             self._remember(page.digest)
 
     def note(self, chain: Sequence[bytes]) -> None:
-        """A text came by: its links without a page become ghosts, the shallow ones newest."""
-        for digest in reversed(chain[1:]):
+        """A text came by: its links without a page become ghosts, the shallow ones newest.
+
+        The links of a very long one that would push each other out are left alone.
+        """
+        for digest in reversed(chain[1 : 1 + self._max_ghosts]):
             if digest not in self._pages:
                 self._remember(digest)
 
@@ -125,4 +130,4 @@ class PrefixIndex:
         self._ghosts.pop(digest, None)
         self._ghosts[digest] = None
         if len(self._ghosts) > self._max_ghosts:
-            del self._ghosts[next(iter(self._ghosts))]
+            self._ghosts.popitem(last=False)
