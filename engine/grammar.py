@@ -18,7 +18,8 @@ from engine.errors import InvalidRequest
 from engine.tokenizer import END_OF_TEXT, Tokenizer
 
 MAX_SOURCE_CHARS = 256 * 1024
-MAX_NUM_COMPILED = 256  # tens of kilobytes each, rarely a megabyte
+MAX_NUM_COMPILED = 256
+MAX_COMPILED_CHARS = 512 * 1024  # of their sources; one takes up to 400 bytes for each
 MAX_GRAMMAR_SIZE = 100_000  # symbols
 MAX_LEXER_STATES = 50_000  # some 2 kB each
 MAX_ERROR_CHARS = 500
@@ -62,6 +63,7 @@ class GrammarCompiler:
             verbose_errors=False,
         )
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._num_chars = 0  # of the sources kept
         self._lock = Lock()
 
     async def prepare(self, grammar: str) -> None:
@@ -95,11 +97,17 @@ class GrammarCompiler:
         matcher.compute_bitmask()  # so that no answer pays for the first states of the lexer
         if matcher.is_error():
             raise InvalidRequest(matcher.get_error()[:MAX_ERROR_CHARS].strip(), "grammar")
-        with self._lock:
-            self._compiled[grammar] = matcher
-            while len(self._compiled) > MAX_NUM_COMPILED:
-                self._compiled.popitem(last=False)
+        self._keep(grammar, matcher)
         return matcher
+
+    def _keep(self, grammar: str, matcher: LLMatcher) -> None:
+        with self._lock:
+            if grammar not in self._compiled:
+                self._num_chars += len(grammar)
+            self._compiled[grammar] = matcher
+            while len(self._compiled) > MAX_NUM_COMPILED or self._num_chars > MAX_COMPILED_CHARS:
+                oldest, _ = self._compiled.popitem(last=False)
+                self._num_chars -= len(oldest)
 
 
 class _Vocabulary:

@@ -25,7 +25,10 @@ from engine.types import FinishReason, LiveLimits
 # With decode_first = false a decode row runs at least in each such step, however much prefill
 # waits: throughput for new requests costs running ones at most this factor.
 DECODE_INTERVAL = 4
-NO_TOKEN_LEFT = "what the request forbids leaves its grammar no token to go on with"
+NO_TOKEN_LEFT = (
+    "what the request forbids leaves its grammar no token to go on with, or the grammar has too "
+    "many alternatives at one place"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -240,6 +240,17 @@ async def test_prepared_grammar_is_at_hand_and_the_oldest_goes(
         await grammars.prepare("nonsense")
 
 
+def test_long_grammars_are_kept_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of many thousand characters takes tens of megabytes."""
+    a, b, c = (choice([name * 300]) for name in "abc")
+    monkeypatch.setattr(grammar_module, "MAX_COMPILED_CHARS", len(a) + len(b))
+    grammars = GrammarCompiler(tokenizer(), VOCAB_SIZE)
+    for text in (a, b, a, c):
+        grammars.matcher(text)
+    assert list(grammars._compiled) == [a, c]
+    assert grammars._num_chars == len(a) + len(c)
+
+
 def test_matchers_of_one_grammar_do_not_know_each_other() -> None:
     grammar = choice(["ab", "cd"])
     first, second = compiler().matcher(grammar), compiler().matcher(grammar)
