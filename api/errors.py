@@ -32,6 +32,8 @@ TYPE_OF_STATUS = {
 }
 FIELD_OF_ENGINE = {"state_id": "state", "resume_id": "resume", "keep_state": "return_state"}
 DRAIN_RETRY_AFTER_S = 1
+MAX_MESSAGE_CHARS = 2000  # it may quote what was sent, which may be megabytes
+MAX_PARAM_CHARS = 200
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
@@ -50,8 +52,8 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
-        self.param = param
+        self.message = _cut(message, MAX_MESSAGE_CHARS)
+        self.param = None if param is None else _cut(param, MAX_PARAM_CHARS)
         self.code = code
         self.headers = headers
 
@@ -64,6 +66,12 @@ class ApiError(Exception):
             "code": self.code,
         }
         return orjson.dumps({"error": error})
+
+
+def _cut(text: str, most: int) -> str:
+    """The beginning and the end of a long text; a message ends with the remedy."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 
 
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:

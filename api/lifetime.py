@@ -34,6 +34,7 @@ LIFETIME_KEY = "rwkv.lifetime"
 PROBE_PATHS = OPEN_PATHS | {"/metrics"}
 CLIENT_GONE = 499  # nginx's code for a client that closed first; only ever logged
 LINGER_S = 1.0  # a refused upload is read on for so long, or a reset could overtake the answer
+MAX_LOGGED_PATH = 1000  # bytes
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 
 
@@ -106,7 +107,7 @@ class LifetimeGuard:
                 level,
                 "%s %s %d %.1f ms %s",
                 scope["method"],
-                scope["raw_path"].decode("ascii", "backslashreplace"),
+                scope["raw_path"][:MAX_LOGGED_PATH].decode("ascii", "backslashreplace"),
                 answer.status,
                 1000 * (perf_counter() - started_s),
                 answer.request_id,

@@ -8,13 +8,14 @@ import orjson
 from blacksheep import Content, Request, Response
 
 from api.errors import ApiError
+from api.json_size import check_num_values
 
 JSON = b"application/json"
 TEXT = b"text/plain; charset=utf-8"
 
 
 async def read_json(request: Request) -> bytes:
-    """The body of a request that says it is JSON. Raises ApiError 415."""
+    """The body of a request that says it is JSON. Raises ApiError 415, or 413."""
     content_type = (request.content_type() or b"").partition(b";")[0].strip().lower()
     if content_type != JSON and not content_type.endswith(b"+json"):
         shown = content_type.decode("latin-1") or "(none)"
@@ -24,7 +25,9 @@ async def read_json(request: Request) -> bytes:
             "application/json')",
             code="unsupported_media_type",
         )
-    return await request.read() or b""
+    data = await request.read() or b""
+    await check_num_values(data)
+    return data
 
 
 def json_response(data: object, status: int = 200) -> Response:
