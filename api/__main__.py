@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.resources
 import json
 import logging
 import os
+import resource
 import sys
 import threading
 from collections.abc import Sequence
@@ -47,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("watchfiles").setLevel(logging.WARNING)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    raise_file_limit()
     overrides = list(options.set)
     if options.http_bind_addr is not None:
         overrides.append(f"http_bind_addr={json.dumps(options.http_bind_addr)}")
@@ -117,6 +120,13 @@ def build_engine(table: ModelTable, stats: StatsSink) -> EngineClient:
     from engine.engine import build
 
     return build(table, stats)
+
+
+def raise_file_limit() -> None:
+    """As many connections as the system lets us have; shells set a low limit for old programs."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some systems refuse an unlimited number
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def leave(code: int) -> None:

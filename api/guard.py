@@ -10,13 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterable
+import resource
+import select
+from collections.abc import Collection, Iterable
+from heapq import nsmallest
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from api.errors import ApiError
 
 KIB = 1024
+MAX_NUM_CONNECTIONS = 65_536
+NUM_OWN_FILES = 128
+HANG_UP = getattr(select, "POLLRDHUP", 0)  # of Linux; elsewhere only a reset is noticed
 REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
 
 
@@ -34,6 +41,7 @@ class GuardedHttp(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._answered: RequestResponseCycle | None = None
         self._is_refused = False
         self._is_in_header = True
         self._num_header_bytes = 0
@@ -42,6 +50,9 @@ class GuardedHttp(HttpToolsProtocol):
         self._deadline_s = self.loop.time() + self.header_timeout_s
         self._stall_s = math.inf
         self._num_unsent_bytes = 0
+        self._waits_since_s = self.loop.time()  # for a request, or for the rest of one
+        if len(self.connections) > max_num_connections():
+            self.connections -= set(make_room(self.connections, max_num_connections() * 3 // 4))
 
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
@@ -79,6 +90,20 @@ class GuardedHttp(HttpToolsProtocol):
         self._deadline_s = math.inf
         super().on_message_complete()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._answered is not None:  # uvicorn tells the newest request only, which may wait
+            self._answered.disconnected = True
+            self._answered.message_event.set()
+
+    def on_response_complete(self) -> None:
+        self._waits_since_s = self.loop.time()
+        super().on_response_complete()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._num_unsent_bytes = self.transport.get_write_buffer_size()
@@ -99,6 +124,9 @@ class GuardedHttp(HttpToolsProtocol):
             self._check_stall(now_s)
         if self._is_refused:
             return
+        if self.pipeline and _has_hung_up(self.transport.get_extra_info("socket").fileno()):
+            self.transport.abort()  # we do not read on, so nobody else would notice
+            return
         if self.pipeline or (self._is_in_header and self._is_answering):
             # An earlier request is being answered: until then it is we who do not read on.
             self._deadline_s = max(self._deadline_s, now_s + self.header_timeout_s)
@@ -109,6 +137,12 @@ class GuardedHttp(HttpToolsProtocol):
                 self.transport.close()  # connected and said nothing: there is nothing to answer
             else:
                 self._refuse(ApiError(408, "the request took too long", code="request_timeout"))
+
+    @property
+    def waits_since_s(self) -> float | None:
+        """Since when it is the client's turn: it is silent, or has sent a part of a request."""
+        is_waiting = not self._is_in_header or not self._is_answering
+        return self._waits_since_s if is_waiting and not self.transport.is_closing() else None
 
     def _check_stall(self, now_s: float) -> None:
         num_unsent_bytes = self.transport.get_write_buffer_size()
@@ -167,3 +201,29 @@ def sweep(connections: Iterable[object], now_s: float) -> None:
     for connection in list(connections):
         if isinstance(connection, GuardedHttp):
             connection.check_deadlines(now_s)
+
+
+def max_num_connections() -> int:
+    """What the process may have open, less what it needs itself. More could not be accepted."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_NUM_CONNECTIONS if soft < 0 else min(MAX_NUM_CONNECTIONS, soft - NUM_OWN_FILES)
+
+
+def make_room(connections: Collection[object], most: int) -> list[GuardedHttp]:
+    """Close those above `most` whose clients have been silent for the longest time."""
+    waiting = [
+        (connection.waits_since_s, number, connection)
+        for number, connection in enumerate(connections)
+        if isinstance(connection, GuardedHttp) and connection.waits_since_s is not None
+    ]
+    closed = [connection for _, _, connection in nsmallest(len(connections) - most, waiting)]
+    for connection in closed:
+        connection.transport.close()
+    return closed
+
+
+def _has_hung_up(file: int) -> bool:
+    """The other side has closed, even if there is something to be read before that."""
+    poll = select.poll()
+    poll.register(file, HANG_UP)
+    return bool(poll.poll(0))

@@ -11,6 +11,8 @@ from dataclasses import replace
 
 from config import BindAddress, ConfigError
 
+MAX_UNSENT_BYTES = 64 * 1024
+
 
 class Listener:
     """A bound TCP socket, or the path of a Unix socket that nobody else listens on."""
@@ -55,6 +57,10 @@ def _bound_socket(address: BindAddress) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            # Connections inherit it. Else the kernel takes megabytes for a client that has
+            # stopped to read, and minutes go by before anybody notices.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_UNSENT_BYTES)
         sock.bind(place)
     except OSError as error:
         sock.close()

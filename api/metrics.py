@@ -191,6 +191,7 @@ class Metrics:
             reloads=dict(self._reloads),
             snapshots=self._snapshots(),
             prefixes=self._prefixes,
+            num_tasks=len(asyncio.all_tasks()),
         )
         return await asyncio.to_thread(self._text, scrape)
 
@@ -209,9 +210,13 @@ class Scrape(Collector):
     reloads: Mapping[str, int]
     snapshots: Mapping[str, Replicas]
     prefixes: Sequence[str]
+    num_tasks: int
 
     def collect(self) -> Iterator[Metric]:
         yield _build_info()
+        tasks = GaugeMetricFamily("rwkv_tasks", "Tasks of the event loop, two for each request.")
+        tasks.add_metric([], self.num_tasks)
+        yield tasks
         reloads = CounterMetricFamily("rwkv_reloads", "Configuration reloads.", labels=["result"])
         for result, count in self.reloads.items():
             reloads.add_metric([result], count)

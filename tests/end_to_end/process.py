@@ -24,11 +24,18 @@ PROJECT = Path(__file__).parents[2]
 class ServerProcess:
     """A running `python -m api`. `summary` is what it printed when it was ready."""
 
-    def __init__(self, arguments: Sequence[str | Path], log: Path, cwd: Path = PROJECT) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str | Path],
+        log: Path,
+        cwd: Path = PROJECT,
+        module: str = "api",
+        max_open_files: int | None = None,
+    ) -> None:
         self.log = log
         self._log_file = log.open("w")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "api", *map(str, arguments)],
+            [*limited(max_open_files), sys.executable, "-m", module, *map(str, arguments)],
             cwd=cwd,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -152,6 +159,13 @@ def long_prompt(server: ServerProcess, num_tokens: int) -> str:
         if reply["choices"][0]["finish_reason"] == "length":
             return prompt
     raise AssertionError("every prompt ends at once")
+
+
+def limited(max_open_files: int | None) -> list[str]:
+    """The beginning of a command that may have so many files open."""
+    if max_open_files is None:
+        return []
+    return ["bash", "-c", f'ulimit -n {max_open_files} && exec "$@"', "bash"]
 
 
 def completion(prompt: str, num_tokens: int, **fields: object) -> dict[str, object]:
