@@ -189,7 +189,8 @@ class GuardedHttp(HttpToolsProtocol):
     def _answer_and_close(self, error: ApiError) -> None:
         body = error.body()
         head = b"HTTP/1.1 %d %s\r\n" % (error.status, REASONS[error.status])
-        fields = b"content-type: application/json\r\ncontent-length: %d\r\n" % len(body)
+        fields = b"content-type: application/json\r\nx-content-type-options: nosniff\r\n"
+        fields += b"content-length: %d\r\n" % len(body)
         self.transport.write(head + fields + b"connection: close\r\n\r\n" + body)
         self.transport.write_eof()
         # Closing with bytes unread resets the connection and may overtake the answer.

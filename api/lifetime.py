@@ -33,6 +33,7 @@ logger = logging.getLogger("api.access")
 LIFETIME_KEY = "rwkv.lifetime"
 PROBE_PATHS = OPEN_PATHS | {"/metrics"}
 CLIENT_GONE = 499  # nginx's code for a client that closed first; only ever logged
+SAFETY: Headers = ((b"x-content-type-options", b"nosniff"),)  # JSON that quotes HTML stays JSON
 LINGER_S = 1.0  # a refused upload is read on for so long, or a reset could overtake the answer
 MAX_LOGGED_PATH = 1000  # bytes
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
@@ -162,7 +163,7 @@ class Answer:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             ids = request_id_headers(self.path, self.request_id)
-            message["headers"] = [*message["headers"], *ids, *self.extra]
+            message["headers"] = [*message["headers"], *SAFETY, *ids, *self.extra]
         else:
             self.is_complete = not message.get("more_body", False)
         await self._send(message)
