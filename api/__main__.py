@@ -25,6 +25,7 @@ from engine.types import StatsSink
 
 DEFAULT_INFER_CFG = "rwkv-lm-tiny"
 SWITCH_INTERVAL_S = 5e-4  # the device thread holds the interpreter at most so long at a time
+MODEL_DIED = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130
 
@@ -57,13 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = source.load()
         check_files(config)
-        uvloop.run(serve(config, source, build_engine, announce))
+        is_well = uvloop.run(serve(config, source, build_engine, announce))
     except (ConfigError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
-    return 0
+    return 0 if is_well else MODEL_DIED
 
 
 def parser() -> argparse.ArgumentParser:

@@ -63,6 +63,11 @@ class ModelRegistry:
             )
         return replica
 
+    @property
+    def has_dead(self) -> bool:
+        """A model is out of service."""
+        return any(replica.client.snapshot().is_dead for replica in self._replicas.values())
+
     def snapshots(self) -> dict[str, list[EngineSnapshot]]:
         """Of each model: its replica first, then those it has replaced and that still run."""
         found = {name: [replica.client.snapshot()] for name, replica in self._replicas.items()}

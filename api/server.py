@@ -127,8 +127,11 @@ async def opened(
 
 async def serve(
     config: InferConfig, source: ConfigSource, build: Build, announce: Callable[[str], None]
-) -> None:
-    """Serve until a signal, then return. Raises ConfigError or EngineError if it cannot start."""
+) -> bool:
+    """Serve until a signal, then return whether every model still worked.
+
+    Raises ConfigError or EngineError if it cannot start.
+    """
     async with opened(config, source, build) as (service, server):
         gc.collect()
         gc.freeze()  # weights and modules live as long as the process; do not scan them again
@@ -136,6 +139,7 @@ async def serve(
         text = summary(infos, server.address, bool(config.client_api_keys))
         with handle_signals(service, server):
             await server.run_until_stopped(lambda: announce(text))
+        return not service.registry.has_dead
 
 
 @contextlib.contextmanager

@@ -213,6 +213,7 @@ class EngineCore:
             is_accepting=self._is_accepting and self._death is None,
             is_dead=self._death is not None,
             seconds_since_commit=self._pipeline.seconds_since_result,
+            death=self._death,
         )
 
     async def drain(self, timeout_s: float, *, suspends: bool = False) -> bool:

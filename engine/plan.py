@@ -113,7 +113,7 @@ class StepPlan:
         return sum(row.num_tokens for row in self.rows)
 
 
-BAD_TOKEN = -1  # the logits of that row were not finite
+BAD_TOKEN = -1  # the logits of that row were not finite, or would not be
 NO_TOKEN = -2  # the request's own rules left nothing to draw
 
 
@@ -142,8 +142,9 @@ class StepResult:
     tokens, before penalties, temperature and limits: as many as tokens (NaN where the row's
     sampling did not ask), or empty if nobody asked. `tops` likewise, () where it did not ask.
     `scores` has one entry for each row with `targets`, `hidden` one for each row that returns it
-    (of the model after ln_out, native float32), in plan order. `error` fails the rows of this
-    step and whatever it moved; with `is_fatal` the device cannot be used any more.
+    (of the model after ln_out, native float32), in plan order. `unsound` are the sequences whose
+    row drew nothing and left a state that is not finite. `error` fails the rows of this step and
+    whatever it moved; with `is_fatal` the device cannot be used any more.
     """
 
     step_id: int
@@ -155,6 +156,7 @@ class StepResult:
     tops: tuple[TopLogprobs, ...] = ()
     scores: tuple[Scores, ...] = ()
     hidden: tuple[bytes, ...] = ()
+    unsound: tuple[int, ...] = ()
 
     def by_row(self, plan: StepPlan) -> Iterator[RowResult]:
         """What each row drew, found out about the prompt, and returns."""
@@ -165,9 +167,10 @@ class StepResult:
         draws = map(Draw, self.tokens, logprobs, tops)
         scores, hidden = iter(self.scores), iter(self.hidden)
         for row in plan.rows:
+            bad = Draw(BAD_TOKEN, nan, ()) if row.seq_id in self.unsound else None
             yield RowResult(
                 row,
-                next(draws) if row.sample else None,
+                next(draws) if row.sample else bad,
                 next(scores) if row.targets else None,
                 next(hidden) if row.returns_hidden else b"",
             )

@@ -69,14 +69,14 @@ class ModelRunner:
             started = time.perf_counter()
             try:
                 draws = self.execute(plan)
-            except Exception as error:  # the loop decides what a failed step means
+            except BaseException as error:  # the loop decides what a failed step means
                 logger.exception("step %d failed", plan.step_id)
                 result = StepResult(
                     step_id=plan.step_id,
                     tokens=(),
                     duration_s=time.perf_counter() - started,
                     error=f"{type(error).__name__}: {error}",
-                    is_fatal=self._storage.device.type == "cuda",  # CUDA errors are sticky
+                    is_fatal=self._is_fatal(error),
                 )
             else:
                 result = StepResult(
@@ -87,8 +87,13 @@ class ModelRunner:
                     tops=draws.tops,
                     scores=draws.scores,
                     hidden=draws.hidden,
+                    unsound=draws.unsound,
                 )
             on_result(result)
+
+    def _is_fatal(self, error: BaseException) -> bool:
+        """CUDA errors are sticky; and what is no Exception was to end this thread."""
+        return self._storage.device.type == "cuda" or not isinstance(error, Exception)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> Draws:
@@ -103,7 +108,8 @@ class ModelRunner:
         again = [row for row in plan.rows if row.num_tokens == 0]
         scores: dict[int, Scores] = {}  # by seq_id
         hidden: dict[int, Tensor] = {}  # likewise
-        parts = [self._forward(rows, scores, hidden) for rows in (decode, prefill) if rows]
+        unsound: list[int] = []  # likewise
+        parts = [self._forward(rows, scores, hidden, unsound) for rows in (decode, prefill) if rows]
         if again:
             parts.append(self._kept_logits(again))
         drawn = [row for row in decode + prefill + again if row.sample]
@@ -116,6 +122,7 @@ class ModelRunner:
         return draws._replace(
             scores=tuple(scores[row.seq_id] for row in plan.rows if row.targets),
             hidden=tuple(map(_float32_bytes, returned)),
+            unsound=tuple(unsound),
         )
 
     def _take_seat(self, start: SeatStart) -> None:
@@ -124,11 +131,16 @@ class ModelRunner:
             self._next_token[start.seat] = start.output_ids[-1]
 
     def _forward(
-        self, rows: list[Row], scores: dict[int, Scores], hidden: dict[int, Tensor]
+        self,
+        rows: list[Row],
+        scores: dict[int, Scores],
+        hidden: dict[int, Tensor],
+        unsound: list[int],
     ) -> Tensor:
         """Run the model; the logits [R, V] of the R sampling rows, in order.
 
-        Fills in `scores`, and `hidden` with the row [C] of the last token of those that return it.
+        Fills in `scores`, `hidden` with the row [C] of the last token of those that return it, and
+        `unsound` with those that give no logits and could not.
         """
         for row in rows:
             assert row.dst.slot != ZERO_SLOT, f"row of sequence {row.seq_id} writes the zero page"
@@ -142,6 +154,7 @@ class ModelRunner:
         for row, end in zip(rows, ends, strict=True):
             if row.targets:
                 scores[row.seq_id] = self._score(row, hidden_TC[end - row.num_tokens : end])
+        unsound += self._unsound(rows, ends, hidden_TC)
         wanted = [(end - 1, row) for end, row in zip(ends, rows, strict=True) if _has_logits(row)]
         picked = self._storage.indices([last for last, _ in wanted])
         # In the type they are kept in, so that a draw from kept logits is the same draw.
@@ -153,6 +166,21 @@ class ModelRunner:
             self._storage.logits[slots] = logits[kept]
         drawn = [i for i, (_, row) in enumerate(wanted) if row.sample]
         return logits if len(drawn) == len(wanted) else logits[drawn]
+
+    def _unsound(self, rows: list[Row], ends: list[int], hidden_TC: Tensor) -> list[int]:
+        """Whose state is not finite, of the rows that draw nothing to tell it.
+
+        A token's hidden row reads the whole state that the token leaves.
+        """
+        silent = {
+            end - 1: row.seq_id for end, row in zip(ends, rows, strict=True) if not row.sample
+        }
+        if not silent:
+            return []
+        last_RC = hidden_TC[self._storage.indices([*silent])]
+        are_sound = torch.isfinite(last_RC).all(dim=-1).tolist()
+        pairs = zip(silent.values(), are_sound, strict=True)
+        return [seq_id for seq_id, is_sound in pairs if not is_sound]
 
     def _score(self, row: Row, hidden_TC: Tensor) -> Scores:
         """How probable the targets of a row are, from its hidden states; part by part, since

@@ -40,6 +40,7 @@ class Draws(NamedTuple):
     tops: tuple[TopLogprobs, ...] = ()
     scores: tuple[Scores, ...] = ()
     hidden: tuple[bytes, ...] = ()  # the runner's: of rows that return it
+    unsound: tuple[int, ...] = ()  # likewise
 
     def picked(self, rows: Sequence[int]) -> Draws:
         """The draws of some rows, in their order."""

@@ -265,3 +265,4 @@ class EngineSnapshot:
     is_accepting: bool
     is_dead: bool
     seconds_since_commit: float | None  # None when nothing is in flight
+    death: str | None = None  # why it is dead

@@ -278,6 +278,7 @@ class ModelHealth(Answer, kw_only=True):
     paragraph_len: int
     accepting: bool
     dead: bool
+    error: str | None
     running: int
     waiting: int
     slots: int

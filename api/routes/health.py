@@ -50,8 +50,7 @@ def health_routes(service: Service) -> list[Route]:
 
 
 def _status(service: Service) -> str:
-    snapshots = [replica.client.snapshot() for replica in service.registry.replicas]
-    if any(snapshot.is_dead for snapshot in snapshots):
+    if service.registry.has_dead:
         return "dead"
     return "draining" if service.is_draining else "ok"
 
@@ -71,6 +70,7 @@ def _model_report(replica: Replica) -> dict[str, object]:
         "paragraph_len": info.paragraph_len,
         "accepting": snapshot.is_accepting,
         "dead": snapshot.is_dead,
+        "error": snapshot.death,
         "running": snapshot.num_running,
         "waiting": snapshot.num_waiting,
         "slots": snapshot.num_slots,

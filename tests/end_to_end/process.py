@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,15 +29,18 @@ class ServerProcess:
         arguments: Sequence[str | Path],
         log: Path,
         cwd: Path = PROJECT,
+        *,
         module: str = "api",
+        env: Mapping[str, str] | None = None,
         max_open_files: int | None = None,
     ) -> None:
+        """`module` is run instead, one that is the same but for a fault."""
         self.log = log
         self._log_file = log.open("w")
         self.process = subprocess.Popen(
             [*limited(max_open_files), sys.executable, "-m", module, *map(str, arguments)],
             cwd=cwd,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
             stdout=subprocess.PIPE,
             stderr=self._log_file,
             text=True,

@@ -63,13 +63,20 @@ class Site:
         os.replace(target.with_suffix(".new"), target)
 
     @contextmanager
-    def serving(self, module: str = "api", max_open_files: int | None = None) -> Iterator[Server]:
-        """A server of its own, killed at the end."""
+    def serving(
+        self,
+        module: str = "api",
+        env: Mapping[str, str] | None = None,
+        max_open_files: int | None = None,
+    ) -> Iterator[Server]:
+        """A server of its own, killed at the end; of another `module` one with a fault."""
         self.write()
         self._num_starts += 1
         log = self._folder / f"server-{self._num_starts}.log"
         given = ["--config-dir", self._folder / "config", "--infer-cfg", "test"]
-        process = ServerProcess(given, log, module=module, max_open_files=max_open_files)
+        process = ServerProcess(
+            given, log, module=module, env=env, max_open_files=max_open_files
+        )
         key = self.keys.get("api_key")
         try:
             yield Server(process, None if key is None else str(key))

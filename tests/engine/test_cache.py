@@ -198,6 +198,20 @@ def test_what_led_to_logits_that_are_not_finite_is_forgotten() -> None:
     assert simulation.tracked[0].seq.finish_reason is FinishReason.ERROR
 
 
+def test_a_boundary_that_is_not_finite_is_left_for_nobody() -> None:
+    """Nothing was drawn there: the device tells."""
+    simulation = Simulation(SETUP)
+    tracked = simulation.add(ask(*range(9)))
+    made = plan(simulation)
+    assert rows_of(made) == [(0, 0, 8)]
+    plan(simulation)  # it has left its slot as a snapshot
+    result = replace(simulation.model.execute(made), unsound=(0,))
+    progress = simulation.scheduler.commit(made, result)
+    assert [one.seq for one in progress] == [tracked.seq]
+    assert tracked.seq.error == "logits of token 8 are not finite"
+    assert snapshots(simulation) == []
+
+
 def test_tenants_share_nothing() -> None:
     simulation = Simulation(SETUP)
     assert [serve(simulation, ask(*range(9), salt=salt))[0] for salt in "aba"] == [0, 0, 9]

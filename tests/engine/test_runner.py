@@ -110,6 +110,36 @@ def test_a_poisoned_state_gives_a_bad_token_for_its_row_only() -> None:
     assert draws.tokens == (BAD_TOKEN, alone(model, (1, 2), 1)[0])
 
 
+def test_a_poisoned_state_is_told_of_a_row_that_draws_nothing() -> None:
+    runner = make_device(random_model()).runner
+    stale = Row(0, 0, (3, 4), 2, 5, SlotRef(4, 0), SlotRef(1, 0), sample=False)
+    stale_one = Row(1, 1, (3,), 1, 5, SlotRef(4, 0), SlotRef(2, 0), sample=False)
+    sound = prefill(2, (1, 2), 3, sample=False)
+    starts = (start(0), start(1), start(2))
+    draws = runner.execute(StepPlan(0, (stale, stale_one, sound), starts))
+    assert draws.tokens == ()
+    assert sorted(draws.unsound) == [0, 1]
+
+
+@pytest.mark.parametrize("error", [SystemExit("told to end"), KeyboardInterrupt()])
+def test_what_would_end_the_thread_is_a_fatal_error(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    runner = make_device(random_model()).runner
+
+    def execute(plan: StepPlan) -> Draws:
+        raise error
+
+    monkeypatch.setattr(runner, "execute", execute)
+    results: queue.SimpleQueue[StepResult] = queue.SimpleQueue()
+    runner.start(results.put)
+    runner.submit(StepPlan(0, (prefill(0, (1, 2), 1),), (start(0),)))
+    runner.close()
+    result = results.get_nowait()
+    assert result.is_fatal
+    assert type(error).__name__ in (result.error or "")
+
+
 def test_a_row_that_writes_the_zero_page_is_a_broken_invariant() -> None:
     runner = make_device(random_model()).runner
     row = Row(0, 0, (1, 2), 2, 0, ZERO, ZERO, sample=False)
