@@ -75,8 +75,9 @@ class EngineCore:
         self._wake = asyncio.Event()
         self._responses = Responses(self._scheduler, self._store, tokenizer, stats, self._wake.set)
         self._pipeline = Pipeline(runner, depth, self._wake.set)
+        responses = self._responses  # no part refers to the whole: only so its memory is freed
         self._keeper = StateKeeper(
-            self._store, cache, parts.codec, self._wake.set, lambda: self._num_coming_states
+            self._store, cache, parts.codec, self._wake.set, lambda: responses.num_promised_states
         )
         self._persistence = Persistence(
             parts.disk, cache, self._store, self._keeper, self._scheduler, self._wake.set
@@ -388,6 +389,7 @@ class EngineCore:
             self._keeper.stop(f"{self._info.model_name} is closed")
             self._task.cancel()
             await asyncio.wait([self._task])
+            self._task = None  # a cancelled task refers to its frame, and that to the engine
         if not await self._pipeline.close(CLOSE_TIMEOUT_S):
             logger.error(
                 "the device thread of %s did not stop in %.0f s and is left behind",

@@ -19,7 +19,8 @@ COPY_TIMEOUT_S = 30.0  # for a page on its way to the host, behind whatever the 
 
 
 class StateKeeper:
-    """`wake` makes the engine plan; `num_coming` says how many states are on their way."""
+    """`wake` makes the engine plan; `num_promised` says how many states requests are to
+    leave."""
 
     def __init__(
         self,
@@ -27,13 +28,13 @@ class StateKeeper:
         cache: StateCache,
         codec: FrameCodec | None,
         wake: Callable[[], None],
-        num_coming: Callable[[], int],
+        num_promised: Callable[[], int],
     ) -> None:
         self._store = store
         self._cache = cache
         self._codec = codec
         self._wake = wake
-        self._num_coming = num_coming
+        self._num_promised = num_promised
         self._changed = asyncio.Event()
         self._end: str | None = None
         self._num_imports = 0
@@ -103,7 +104,7 @@ class StateKeeper:
 
     async def import_file(self, owner: str, data: bytes, options: StateOptions) -> StateInfo:
         codec = self._codec_or_refusal()
-        self._store.check_room(self._num_coming())
+        self._store.check_room(self._num_promised() + self._num_imports)
         frame = self._cache.tiers.take_frame()
         if frame is None:
             raise StatesFull("host memory for states is full: try again, or raise host_state_mib")

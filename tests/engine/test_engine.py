@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from engine.engine import Engine, build, pick_device
 from engine.errors import EngineError, InvalidRequest, WeightsError
 from engine.model.rwkv7 import Batch
 from engine.model.weights import dummy_model
+from engine.runner import ModelRunner
 from engine.sampler import Sampler
 from engine.types import FinishReason, OutputDelta, SamplingParams
 
@@ -151,6 +154,30 @@ def test_a_device_that_is_not_there_is_named(vocab: Path) -> None:
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(InvalidRequest, match="device_type = 'cuda'"):
         pick_device(table(vocab, device_type="cuda"))
+
+
+async def test_a_closed_engine_is_freed_without_the_garbage_collector(
+    tmp_path: Path, vocab: Path
+) -> None:
+    """It comes late, and to what was there when the server began to serve never; meanwhile the
+    weights of every replaced replica would stay in the device's memory."""
+
+    async def serve() -> list[weakref.ref[object]]:
+        core = build(table(vocab, state_dir=tmp_path))
+        runner = core._pipeline._runner
+        assert isinstance(runner, ModelRunner)
+        weight, storage = next(runner._model.parameters()), runner._storage
+        async with Engine(core) as engine:
+            assert await collect(engine, [0, 1, 2], SamplingParams(max_tokens=3))
+        return [weakref.ref(one) for one in (core, weight, storage.state.wkv, storage._frames)]
+
+    gc.collect()
+    gc.disable()
+    try:
+        refs = await asyncio.create_task(serve())
+        assert [ref() for ref in refs] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_every_error_of_the_engine_is_an_engine_error() -> None:
