@@ -45,6 +45,10 @@ class Site:
             (folder / "config" / name).mkdir(parents=True)
 
     @property
+    def config_file(self) -> Path:
+        return self._folder / "config/infer/test.toml"
+
+    @property
     def state_dir(self) -> Path:
         """The one folder of this model in `state_dir`, beside the stored responses."""
         (found,) = filter(Path.is_dir, Path(str(self.model["state_dir"])).iterdir())
@@ -58,7 +62,7 @@ class Site:
     def write(self) -> None:
         """In one move, as a running server must not read half a file."""
         text = _lines(self.keys) + "\n[[models]]\n" + _lines(self.model)
-        target = self._folder / "config/infer/test.toml"
+        target = self.config_file
         target.with_suffix(".new").write_text(text)
         os.replace(target.with_suffix(".new"), target)
 
