@@ -309,8 +309,9 @@ class EngineCore:
         )
 
     def _sweep(self) -> None:
-        """Now and then: states that have expired go, though nobody asks for them."""
+        """Now and then: states that have expired go; those that a full disk refused are tried."""
         self._store.sweep()
+        self._store.retry()
         self._wake.set()
         self._sweep_timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
 

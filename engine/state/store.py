@@ -221,15 +221,23 @@ class StateStore:
             self._add(state)
 
     def finish_job(self, result: DiskResult) -> None:
-        """A page was written: records that have waited for it can be. A record that could not be
-        written waits for the next page that is."""
+        """A page was written: records that have waited for it can be. What could not be written
+        waits for the next page that is, or for `retry`."""
         job = result.job
         if isinstance(job, WriteRecord) and result.error is not None and job.name in self._states:
             self._states[job.name].has_record = False
         if isinstance(job, WriteFile) and result.error is None:
-            for state in self._states.values():
-                if not state.has_record:
-                    self._record(state)
+            self.retry()
+
+    def retry(self) -> None:
+        """Have written what is not, because of a full disk say; of pages one, after which comes
+        the next."""
+        for state in self._states.values():
+            if not state.has_record:
+                self._record(state)
+        page = next((page for page in self._num_ids if not page.has_file), None)
+        if page is not None and self._has_disk:
+            self._cache.tiers.keep_safe(page)
 
     def take_jobs(self) -> list[DiskJob]:
         jobs, self._jobs = self._jobs, []

@@ -3,10 +3,12 @@
 A request asks by its seed (greedy answers do not depend on it): `seed_of(fault, position)` lets
 the fault happen in the first row of the request that reaches that position in its text. The clock
 on the wall is wrong by the seconds that stand in the file $FAULTY_CLOCK, as soon as they do.
+Permissions of files hold for the server, also where it is root's.
 """
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import os
 import sys
@@ -16,6 +18,7 @@ from pathlib import Path
 BASE = 7_000_000
 MAX_POSITION = 10_000
 SLOW_S = 0.03
+CAPABILITY_VERSION = 0x20080522  # of linux/capability.h
 
 
 class Fault(enum.IntEnum):
@@ -45,6 +48,15 @@ def break_clock(path: Path) -> None:
         return right() + float(text or 0)
 
     time.time = wrong
+
+
+def drop_capabilities() -> None:
+    """Of this thread and all that it starts. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
+    none = (ctypes.c_uint32 * 6)()
+    if libc.capset(header, none):
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 def break_device() -> None:
@@ -105,6 +117,7 @@ def break_device() -> None:
 if __name__ == "__main__":
     if "FAULTY_CLOCK" in os.environ:
         break_clock(Path(os.environ["FAULTY_CLOCK"]))
+    drop_capabilities()
     break_device()
     from api.__main__ import leave, main
 
