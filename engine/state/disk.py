@@ -160,7 +160,7 @@ class PageDisk:
             return f"{path}: {error}"
         except OSError as error:
             return f"{path}: {error.strerror or error}"
-        except Exception as error:  # a bug, of which whoever waits for the page must hear
+        except BaseException as error:  # a bug, of which whoever waits for the page must hear
             logger.exception("%s of %s failed", type(job).__name__, path)
             return f"{path}: {type(error).__name__}: {error}"
         return None

@@ -125,6 +125,18 @@ def test_a_bug_in_a_job_is_its_error_and_is_logged(
     assert desk.write(1) is None
 
 
+def test_what_would_end_the_worker_is_the_error_of_its_job(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told_to_end(*_: object) -> None:
+        raise SystemExit("told to end")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.state.disk.write_whole", told_to_end)
+        assert "SystemExit: told to end" in (desk.write(1) or "")
+    assert desk.write(1) is None
+
+
 def test_a_reader_of_results_that_is_gone_does_not_stop_the_writing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
