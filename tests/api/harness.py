@@ -17,6 +17,7 @@ from api.service import Service
 from api.source import ConfigSource
 from tests.api.scripted import ScriptedBuilder, ScriptedRunner, write_vocab
 from tests.api.scripted_engine import ScriptedEngine, ScriptedStates
+from tests.event_stream import read_all
 
 MODEL_TOML = """\
 model_type = "auto_regressive"
@@ -51,9 +52,11 @@ class Reply:
 
     def events(self) -> list[dict]:
         """The JSON events of a stream, which must end in [DONE]."""
-        datas = [line[6:] for line in self.body.decode().split("\n") if line.startswith("data: ")]
-        assert datas[-1] == "[DONE]", f"the stream ends in {datas[-1:]}"
-        return [json.loads(data) for data in datas[:-1]]
+        events, _ = read_all([self.body])
+        assert {event.name for event in events} == {"message"}
+        *datas, last = [event.data for event in events]
+        assert last == "[DONE]", f"the stream ends in {last}"
+        return [json.loads(data) for data in datas]
 
 
 @dataclass
