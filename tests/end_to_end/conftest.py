@@ -41,3 +41,11 @@ def closed_server(closed_site: Site) -> Iterator[Server]:
     """As the first of the clients."""
     with closed_site.serving() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def quiet_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The embedded model, with a key, and a keep-alive after each millisecond of silence."""
+    site = Site(tmp_path_factory.mktemp("quiet"), model={}, api_key="sk-one", sse_keep_alive_ms=1)
+    with site.serving() as running:
+        yield running
