@@ -22,7 +22,8 @@ from api.token_bodies import TokenizeBody, parse_detokenize, parse_tokenize
 from engine.tokenizer import Tokenizer
 
 # A name for token 0, which has no text: that of the published Hugging Face tokenizers. It is
-# understood as the whole prompt of /tokenize, where clients look up its id, and nowhere else.
+# understood at the beginning of a prompt of /tokenize, where clients look up its id and begin a
+# document with it, and nowhere else.
 END_OF_TEXT = "<|rwkv_tokenizer_end_of_text|>"
 SLICE_TOKENS = 4096
 PREFIXES = ("", "/v1")
@@ -91,13 +92,15 @@ async def decode_all(tokenizer: Tokenizer, ids: list[int] | None) -> str:
 
 async def _ids(replica: Replica, body: TokenizeBody) -> list[int]:
     """What the routes for completions and chats would feed."""
-    if body.prompt == END_OF_TEXT:
-        return [BEGIN_OF_DOCUMENT] * (1 + body.begins_document)
+    named: list[int] = []
     messages = body.chat
     if messages is None:
-        prompt = Prompt("prompt", body.prompt or "", is_continuation=not body.begins_document)
+        text = body.prompt or ""
+        if text.startswith(END_OF_TEXT):
+            named, text = [BEGIN_OF_DOCUMENT], text.removeprefix(END_OF_TEXT)
+        prompt = Prompt("prompt", text, is_continuation=not body.begins_document)
     else:
         asks_answer = body.add_generation_prompt is not False
         rendered = render(messages, replica.table.template, asks_answer=asks_answer)
         prompt = Prompt("messages", rendered.text, is_continuation=not body.begins_document)
-    return list((await encode(prompt, replica.client.tokenizer)).ids)
+    return named + list((await encode(prompt, replica.client.tokenizer)).ids)

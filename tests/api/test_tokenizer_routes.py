@@ -53,7 +53,7 @@ async def test_what_may_be_left_out(tmp_path: Path):
     assert parts["token_strs"] == ["", "\ufffd", "\ufffd"]
 
 
-async def test_the_name_of_token_0_is_found_by_who_asks_for_it_alone(tmp_path: Path):
+async def test_the_name_of_token_0_is_found_at_the_beginning_only(tmp_path: Path):
     """As lm-eval does: POST /tokenize with what /tokenizer_info calls eos_token."""
     async with running(tmp_path) as server:
         info = (await server.get("/tokenizer_info?model=m")).json()
@@ -61,6 +61,9 @@ async def test_the_name_of_token_0_is_found_by_who_asks_for_it_alone(tmp_path: P
         inside = {"prompt": f"a{END_OF_TEXT}", "add_special_tokens": False}
         assert (await server.post("/tokenize", alone)).json()["tokens"] == [0]
         tokens = (await server.post("/tokenize", inside)).json()["tokens"]
+        first = {"prompt": f"{END_OF_TEXT}hi", "add_special_tokens": False}
+        assert (await server.post("/tokenize", first)).json()["tokens"] == [0, 105, 106]
+        assert (await server.post("/tokenize", {"prompt": END_OF_TEXT})).json()["count"] == 2
     assert info["eos_token"] == info["bos_token"] == info["pad_token"]
     assert info["chat_template"] == JINJA["g1"]
     assert spelled(tokens) == f"a{END_OF_TEXT}"
