@@ -129,6 +129,7 @@ def render(
     continues_last: bool = False,
     thinking: Thinking = Thinking.NONE,
     tools: Sequence[Tool] = (),
+    has_tool_form: bool = False,
 ) -> ChatText:
     """The prompt, without the begin-of-document token.
 
@@ -136,14 +137,15 @@ def render(
     given; what it adds makes the text of the whole conversation. It is given the same tools, and
     does not tell of them again. With `asks_answer` the prompt ends where the assistant begins to
     speak, otherwise it ends with the last message; with `continues_last` that is an answer to be
-    gone on with, and a thought in it stays. Tools are for g1 only.
+    gone on with, and a thought in it stays. Tools are for g1 only; `has_tool_form` is for what
+    comes after them, or for messages that tell of them themselves.
     """
     asks_answer = asks_answer and not continues_last
     form = FORMS[template]
-    if template == "g1" and (tools or any(_is_about_tools(message) for message in messages)):
+    if template == "g1" and (tools or has_tool_form or are_about_tools(messages)):
         form = TOOL_FORM
     if tools and not is_continuation:
-        messages = _with_definitions(messages, tools)
+        messages = with_definitions(messages, definitions(tools))
     blocks = [_block(message, form) for message in messages]
     if continues_last and form.collapses:
         blocks[-1] = _set("assistant", collapse(messages[-1].text), form)
@@ -167,21 +169,22 @@ def render(
     return ChatText(text, tuple(starts), thinking.ending, form)
 
 
+def with_definitions(messages: Sequence[ChatMessage], told: str) -> list[ChatMessage]:
+    """With what the model is told about its tools, as part of the first system message."""
+    has_system = bool(messages) and messages[0].role == "system"
+    first, rest = (messages[0].text, messages[1:]) if has_system else ("", messages)
+    return [ChatMessage("system", f"{first}\n{told}"), *rest]
+
+
+def are_about_tools(messages: Sequence[ChatMessage]) -> bool:
+    """Whether there are calls or results among them."""
+    return any(message.role == "tool" or message.calls for message in messages)
+
+
 def collapse(text: str) -> str:
     """Text without blank lines and without space around it; indentation stays."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return BLANK_LINES.sub("\n", text).strip()
-
-
-def _with_definitions(messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[ChatMessage]:
-    """With what the model is told about its tools, as part of the first system message."""
-    has_system = bool(messages) and messages[0].role == "system"
-    first, rest = (messages[0].text, messages[1:]) if has_system else ("", messages)
-    return [ChatMessage("system", f"{first}\n{definitions(tools)}"), *rest]
-
-
-def _is_about_tools(message: ChatMessage) -> bool:
-    return message.role == "tool" or bool(message.calls)
 
 
 def _block(message: ChatMessage, form: Form) -> str:

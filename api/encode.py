@@ -166,6 +166,13 @@ def usage_of(
     return usage
 
 
+def num_reasoning_tokens(usage: Usage) -> int:
+    """Those of all thoughts, as far as they are known."""
+    details = usage.get("completion_tokens_details")
+    found = details.get("reasoning_tokens") if isinstance(details, dict) else None
+    return found if isinstance(found, int) else 0
+
+
 _HOLE = 0  # stands for the choice of a chunk while its surroundings are encoded
 
 

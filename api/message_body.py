@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import ClassVar
 
-import msgspec
-
-from api.chat import ROLE_OF_NAME, ChatMessage
+from api.chat import ChatMessage, Thinking
 from api.errors import invalid
-from api.generation_body import GenerationBody
+from api.message_fields import MessageFields
+from api.message_turns import Content, TurnBody, chat_messages
 from api.sampling import MAX_NUM_STOPS, MAX_STOP_CHARS
 from api.schemas import convert_strict, json_object
 from api.unsupported import SHARED, refuse_unsupported
 
-ROLES = ("user", "assistant", "system")
-
 # Fields that would change the answer and are not honoured, with the values that ask for nothing.
 MESSAGES: dict[str, tuple[object, ...]] = SHARED | {
-    "tools": ([],),
-    "tool_choice.type": ("auto", "none"),
-    "thinking.type": ("disabled",),
-    "output_config.format": (),
-    "output_config.effort": (),
-    "output_format": (),
+    "thinking.display": ("summarized",),
+    "output_config.task_budget": (),
     "mcp_servers": ([],),
     "container": (),
     "context_management": (),
@@ -30,6 +24,9 @@ MESSAGES: dict[str, tuple[object, ...]] = SHARED | {
     "stop": (),
     "max_completion_tokens": (),
     "response_format": ({"type": "text"},),
+    "reasoning_effort": ("none",),
+    "chat_template_kwargs": ({}, {"enable_thinking": False}),
+    "parallel_tool_calls": (True,),
     "n": (1,),
     "best_of": (1,),
     "state": (),
@@ -40,68 +37,70 @@ MESSAGES: dict[str, tuple[object, ...]] = SHARED | {
     "top_logprobs": (0,),
     "return_token_ids": (False,),
 }
-OBJECTS = ("tool_choice", "thinking", "output_config")
+OBJECTS = ("thinking", "output_config")
 
 
-class ContentBlock(msgspec.Struct, kw_only=True):
-    type: str
-    text: str | None = None
-
-
-Content = str | list[ContentBlock]
-
-
-class TurnBody(msgspec.Struct, kw_only=True):
-    role: str
-    content: Content
-
-
-class MessagesBody(GenerationBody, kw_only=True):
+class MessagesBody(MessageFields, kw_only=True):
     """POST /v1/messages; null = absent. The sampling fields of a chat may be used too."""
+
+    CALLS_FIELD: ClassVar[str] = "messages"
 
     messages: list[TurnBody] | None = None
     system: Content | None = None
     stop_sequences: list[str] | None = None
 
-    def chat_messages(self) -> list[ChatMessage]:
-        """System and messages; turns of one role that follow each other are one. Raises ApiError.
-
-        A last message of the assistant is the beginning of the answer.
-        """
-        if not self.messages:
-            raise invalid("'messages' must be a list of at least one message", "messages")
-        found = []
-        if self.system is not None:
-            found.append(ChatMessage("system", _text("system", self.system)))
-        for index, turn in enumerate(self.messages):
-            message = _message(f"messages[{index}]", turn)
-            if found and index and found[-1].role == message.role:
-                message = ChatMessage(message.role, f"{found.pop().text}\n{message.text}")
-            found.append(message)
-        return found
+    @property
+    def asks_answer(self) -> bool:
+        return not self.continues_last
 
     @property
-    def stops(self) -> Sequence[str]:
-        return self.stop_sequences or ()
+    def continues_last(self) -> bool:
+        """A last message of the assistant is the beginning of the answer."""
+        turns = self.messages or []
+        return [turn.role for turn in turns[-1:]] == ["assistant"]
+
+    @property
+    def added_stops(self) -> tuple[str, ...]:
+        return tuple(self.stop_sequences or ())
+
+    def chat_messages(self) -> list[ChatMessage]:
+        """System and messages. Raises ApiError 400."""
+        if not self.messages:
+            raise invalid("'messages' must be a list of at least one message", "messages")
+        found = chat_messages(self.system, self.messages)
+        if self.continues_last:
+            self._check_continues(found[-1])
+        return found
 
     def check_answer(self) -> None:
         """Raise ApiError 400 for what an answer needs and a count of tokens does not."""
         self.check()
         if self.max_tokens is None:
             raise invalid("'max_tokens' is missing: say how long the answer may be", "max_tokens")
-        if len(self.stops) > MAX_NUM_STOPS:
+        stops = self.added_stops
+        if len(stops) > MAX_NUM_STOPS:
             raise invalid(
-                f"'stop_sequences' has {len(self.stops)} strings, at most {MAX_NUM_STOPS} are "
-                "supported",
+                f"'stop_sequences' has {len(stops)} strings, at most {MAX_NUM_STOPS} are supported",
                 "stop_sequences",
             )
-        for stop in self.stops:
+        for stop in stops:
             if not 0 < len(stop) <= MAX_STOP_CHARS:
                 raise invalid(
                     f"'stop_sequences' has a string of {len(stop)} characters; they must have 1 to "
                     f"{MAX_STOP_CHARS}",
                     "stop_sequences",
                 )
+
+    def _check_continues(self, last: ChatMessage) -> None:
+        """What only an answer from its beginning can have."""
+        remedy = "the last of 'messages' is the assistant's, and the answer goes on with it"
+        if last.calls:
+            raise invalid(f"{remedy}: it must not have tool_use; send the tool_result", "messages")
+        if self.tool_use() is not None:
+            raise invalid(f"{remedy} without 'tools'; send tool_choice none, or no such", "tools")
+        field, thinking = self.asked_thinking()
+        if thinking is not Thinking.NONE:
+            raise invalid(f"{remedy}, so there is no thought; leave out {field!r}", field)
 
 
 def parse_messages(data: bytes) -> MessagesBody:
@@ -131,28 +130,3 @@ def _flattened(fields: Mapping[str, object]) -> dict[str, object]:
         if isinstance(inner, Mapping):
             flat |= {f"{outer}.{name}": value for name, value in inner.items()}
     return flat
-
-
-def _message(place: str, turn: TurnBody) -> ChatMessage:
-    if turn.role not in ROLES:
-        known = ", ".join(ROLES)
-        raise invalid(
-            f"'{place}.role' = {turn.role!r} is unknown; known are {known}", f"{place}.role"
-        )
-    return ChatMessage(ROLE_OF_NAME[turn.role], _text(f"{place}.content", turn.content))
-
-
-def _text(place: str, content: Content) -> str:
-    if isinstance(content, str):
-        return content
-    texts = []
-    for index, block in enumerate(content):
-        if block.type != "text" or block.text is None:
-            raise invalid(
-                f"'{place}[{index}]' of type {block.type!r} is not supported yet; send blocks of "
-                "type text with a text",
-                f"{place}[{index}]",
-                "unsupported_parameter",
-            )
-        texts.append(block.text)
-    return "\n".join(texts)

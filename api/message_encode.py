@@ -6,76 +6,63 @@ Knows no sockets.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import assert_never
 
 import orjson
 
+from api.answer_items import AnswerItem, AnswerItems, ItemKind, ItemStep
+from api.answer_reader import AnswerForm
 from api.dialect import anthropic_error
-from api.encode import AnswerHead, Usage
+from api.encode import AnswerHead, Usage, num_reasoning_tokens
 from api.errors import ApiError
 from engine.types import FinishReason, OutputDelta
 
+NO_SIGNATURE = ""  # of a thought: none is made, and none is asked for when it comes back
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 
 
 class MessageEncoder:
     """An api.encode.Encoder of one answer, whose events are framed: `event:` and `data:` lines.
 
-    `stops` are the stop sequences that the client has asked for; the others end a turn. With
-    `strips_start`, white space before the first word is dropped, as in a chat.
+    `form` is what the answer may hold, `stops` are the stop sequences that the client has asked
+    for; the others end a turn.
     """
 
     def __init__(
-        self,
-        head: AnswerHead,
-        num_prompt_tokens: int,
-        stops: Collection[str],
-        *,
-        strips_start: bool,
+        self, head: AnswerHead, num_prompt_tokens: int, form: AnswerForm, stops: Collection[str]
     ) -> None:
         self._head = head
         self._num_prompt_tokens = num_prompt_tokens
+        self._items = AnswerItems(form)
         self._stops = stops
-        self._strips_start = strips_start  # until the first word
         self._end: OutputDelta | None = None
 
     def first(self) -> list[bytes]:
         """The counts are what is known by now; `message_delta` has the final ones."""
         usage = _usage_object(OutputDelta(num_prompt_tokens=self._num_prompt_tokens))
         message = self._message([], usage, stop_reason=None, stop_sequence=None)
-        block = {"type": "text", "text": ""}
-        return [
-            _event("message_start", message=message),
-            _event("content_block_start", index=0, content_block=block),
-            PING,
-        ]
+        return [_event("message_start", message=message), PING]
 
     def piece(self, index: int, delta: OutputDelta) -> list[bytes]:
-        text = delta.text
-        if self._strips_start:
-            text = text.lstrip()
-        if not text:
-            return []
-        self._strips_start = False
-        added = {"type": "text_delta", "text": text}
-        return [_event("content_block_delta", index=0, delta=added)]
+        return [_step_event(step) for step in self._items.feed(delta.text)]
 
     def last(self, index: int, delta: OutputDelta) -> list[bytes]:
         self._end = delta
-        return []
+        return [_step_event(step) for step in self._items.finish(delta)]
 
     def end(self, usage: Usage) -> list[bytes]:
         assert self._end is not None, "the answer has not ended"
+        counts = _usage_object(self._end, usage)
         return [
-            _event("content_block_stop", index=0),
-            _event("message_delta", delta=self._ending(self._end), usage=_usage_object(self._end)),
+            _event("message_delta", delta=self._ending(self._end), usage=counts),
             _event("message_stop"),
         ]
 
     def whole(self, deltas: Sequence[OutputDelta], usage: Usage) -> bytes:
         (end,) = deltas
-        text = end.text.lstrip() if self._strips_start else end.text
-        content: list[dict[str, object]] = [{"type": "text", "text": text}]
-        message = self._message(content, _usage_object(end), **self._ending(end))
+        content = [_block(item) for item in self._items.read_whole(end)]
+        message = self._message(content, _usage_object(end, usage), **self._ending(end))
         return orjson.dumps(message)
 
     def fail(self, error: ApiError) -> bytes:
@@ -98,19 +85,62 @@ class MessageEncoder:
     def _ending(self, end: OutputDelta) -> dict[str, str | None]:
         if end.finish_reason is FinishReason.LENGTH:
             return {"stop_reason": "max_tokens", "stop_sequence": None}
+        if self._items.has_called:
+            return {"stop_reason": "tool_use", "stop_sequence": None}
         if end.matched_stop in self._stops:
             return {"stop_reason": "stop_sequence", "stop_sequence": end.matched_stop}
         return {"stop_reason": "end_turn", "stop_sequence": None}
 
 
-def _usage_object(delta: OutputDelta) -> dict[str, object]:
+def _usage_object(delta: OutputDelta, usage: Usage | None = None) -> dict[str, object]:
     """Anthropic counts cached tokens beside the input tokens, not among them."""
-    return {
+    counts: dict[str, object] = {
         "input_tokens": delta.num_prompt_tokens - delta.num_cached_tokens,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": delta.num_cached_tokens,
         "output_tokens": delta.num_output_tokens,
     }
+    if usage is not None:
+        counts["output_tokens_details"] = {"thinking_tokens": num_reasoning_tokens(usage)}
+    return counts
+
+
+def _step_event(step: ItemStep) -> bytes:
+    item, place = step.item, {"index": step.item.index}
+    match step.kind:
+        case "begin":
+            return _event(
+                "content_block_start", **place, content_block=_block(replace(item, pieces=[]))
+            )
+        case "piece":
+            return _event("content_block_delta", **place, delta=_delta(item.kind, step.text))
+        case "end":
+            return _event("content_block_stop", **place)
+    assert_never(step.kind)
+
+
+def _block(item: AnswerItem) -> dict[str, object]:
+    """A call's arguments are there when they are complete."""
+    match item.kind:
+        case ItemKind.TEXT:
+            return {"type": "text", "text": item.text}
+        case ItemKind.THOUGHT:
+            return {"type": "thinking", "thinking": item.text, "signature": NO_SIGNATURE}
+        case ItemKind.CALL:
+            called = {"id": f"toolu_{item.key}", "name": item.name, "input": item.input()}
+            return {"type": "tool_use", **called}
+    assert_never(item.kind)
+
+
+def _delta(kind: ItemKind, text: str) -> dict[str, object]:
+    match kind:
+        case ItemKind.TEXT:
+            return {"type": "text_delta", "text": text}
+        case ItemKind.THOUGHT:
+            return {"type": "thinking_delta", "thinking": text}
+        case ItemKind.CALL:
+            return {"type": "input_json_delta", "partial_json": text}
+    assert_never(kind)
 
 
 def _event(name: str, **fields: object) -> bytes:

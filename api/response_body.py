@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from api.errors import invalid
-from api.generation_body import GenerationBody
+from api.response_fields import ResponseFields
 from api.response_items import InputItem, item_objects
 from api.sampling import MAX_MAX_TOKENS, Integer, integer
 from api.schemas import convert_strict, json_object
@@ -15,13 +16,11 @@ MAX_NUM_METADATA, MAX_METADATA_KEY_CHARS, MAX_METADATA_VALUE_CHARS = 16, 64, 512
 
 # Fields that would change the answer and are not honoured, with the values that ask for nothing.
 RESPONSES: dict[str, tuple[object, ...]] = SHARED | {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "text.format": ({"type": "text"},),
     "text.verbosity": ("medium",),
-    "reasoning.effort": ("none",),
-    "reasoning.summary": (),
+    "reasoning.context": ("auto",),
     "reasoning.generate_summary": (),
+    "reasoning.mode": ("standard",),
+    "reasoning.summary": (),
     "include": ([],),
     "top_logprobs": (0,),
     "truncation": ("disabled",),
@@ -34,6 +33,8 @@ RESPONSES: dict[str, tuple[object, ...]] = SHARED | {
     "max_tokens": (),
     "max_completion_tokens": (),
     "response_format": ({"type": "text"},),
+    "reasoning_effort": ("none",),
+    "chat_template_kwargs": ({}, {"enable_thinking": False}),
     "n": (1,),
     "best_of": (1,),
     "state": (),
@@ -45,8 +46,11 @@ RESPONSES: dict[str, tuple[object, ...]] = SHARED | {
 }
 
 
-class ResponseBody(GenerationBody, kw_only=True):
+class ResponseBody(ResponseFields, kw_only=True):
     """POST /v1/responses; null = absent. The sampling fields of a chat may be used too."""
+
+    CONVERSATION_FIELD: ClassVar[str] = "input"
+    CALLS_FIELD: ClassVar[str] = "input"
 
     input: str | list[InputItem] | None = None
     instructions: str | None = None
@@ -55,8 +59,6 @@ class ResponseBody(GenerationBody, kw_only=True):
     store: bool | None = None
     background: bool | None = None
     metadata: dict[str, str] | None = None
-    text: dict[str, object] | None = None
-    reasoning: dict[str, object] | None = None
 
     @property
     def is_stored(self) -> bool:
@@ -69,7 +71,7 @@ class ResponseBody(GenerationBody, kw_only=True):
     def items(self) -> list[dict[str, object]]:
         """The input as items with ids. Raises ApiError 400."""
         if self.input is None:
-            raise invalid("'input' is missing: send a string or a list of messages", "input")
+            raise invalid("'input' is missing: send a string or a list of items", "input")
         return item_objects(self.input)
 
     def check(self) -> None:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import orjson
 
+from api.answer_reader import AnswerForm
 from api.answers import AnswerFailed
 from api.background import BackgroundResponse
-from api.conversation import conversation_prompt
+from api.chat_prompt import chat_prompt
 from api.errors import ApiError
 from api.generation import Accepted, failure_of, queue, remember, usage_for
 from api.prompt import Prompt
@@ -59,7 +60,7 @@ async def create(service: Service, owner: str, body: ResponseBody) -> Created:
     encoder = ResponseEncoder(
         response_object(body, accepted.head, _only(accepted).sampling),
         _storing(service, owner, accepted, turn, items) if body.is_stored else _not_storing,
-        strips_start=accepted.replica.table.template == "g1",
+        accepted.form or AnswerForm(),
     )
     return Created(accepted, encoder, items)
 
@@ -104,8 +105,8 @@ async def _queue(
         def prompts_for(
             replica: Replica, base: StateInfo | None, turn: Turn = turn
         ) -> list[Prompt]:
-            structure = body.structure()
-            return [conversation_prompt("input", turn.messages, replica, base, structure=structure)]
+            template, has_told = replica.table.template, turn.tools is not None
+            return [chat_prompt(body, turn.messages, template, base, has_told_tools=has_told)]
 
         try:
             return await queue(service, owner, body, prompts_for, response_id), turn
@@ -133,6 +134,7 @@ def _storing(service: Service, owner: str, accepted: Accepted, turn: Turn, items
             created_unix_s=head.created,
             expires_unix_s=None if is_endless else head.created + table.state_ttl_s,
             instructions=turn.instructions,
+            tools=turn.tools,
             initial_state=turn.initial_state or begun_with,
             state_id=None if state is None else state.state_id,
             body=orjson.dumps(response),

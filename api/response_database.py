@@ -29,6 +29,9 @@ class StoredResponse:
     created_unix_s: float
     expires_unix_s: float | None
     instructions: str | None  # in effect after it: the last that were given in its conversation
+    tools: (
+        str | None
+    )  # what the model was told of its tools, last; "" = in their form, None = never
     initial_state: str | None  # the tuned state that its conversation begins with
     state_id: str | None  # the engine's state after it; None = its text only
     body: bytes
@@ -52,7 +55,10 @@ CREATE INDEX IF NOT EXISTS by_end ON responses (expires_unix_s);
 CREATE INDEX IF NOT EXISTS by_state ON responses (model_name, created_unix_s)
     WHERE state_id IS NOT NULL;
 """
-INSERT = f"INSERT OR REPLACE INTO responses VALUES ({', '.join('?' for _ in COLUMNS)})"
+COLUMN_LIST = ", ".join(COLUMNS)
+INSERT = (
+    f"INSERT OR REPLACE INTO responses ({COLUMN_LIST}) VALUES ({', '.join('?' for _ in COLUMNS)})"
+)
 STATE_COLUMNS = "model_name, owner, state_id"
 
 
@@ -69,6 +75,7 @@ class ResponseDatabase:
         self._connection = sqlite3.connect(place, timeout=LOCK_TIMEOUT_S)
         try:
             self._connection.executescript(SCHEMA)
+            self._add_columns()
         except sqlite3.Error:
             self._connection.close()
             raise
@@ -94,7 +101,7 @@ class ResponseDatabase:
 
     def get(self, owner: str, response_id: str, now_unix_s: float) -> StoredResponse | None:
         cursor = self._connection.execute(
-            "SELECT * FROM responses WHERE response_id = ? AND owner = ?"
+            f"SELECT {COLUMN_LIST} FROM responses WHERE response_id = ? AND owner = ?"
             " AND (expires_unix_s IS NULL OR expires_unix_s > ?)",
             (response_id, owner, now_unix_s),
         )
@@ -107,6 +114,13 @@ class ResponseDatabase:
 
     def close(self) -> None:
         self._connection.close()
+
+    def _add_columns(self) -> None:
+        """Those that a file of an earlier version lacks."""
+        known = {name for _, name, *_ in self._connection.execute("PRAGMA table_info(responses)")}
+        for column in COLUMNS:
+            if column not in known:
+                self._connection.execute(f"ALTER TABLE responses ADD COLUMN {column}")
 
     @property
     def _num_bytes(self) -> int:

@@ -10,16 +10,12 @@ from collections.abc import Callable, Sequence
 
 import orjson
 
+from api.answer_items import AnswerItems, ItemStep
+from api.answer_reader import AnswerForm
 from api.encode import Usage
 from api.errors import ApiError
-from api.response_items import new_item_id, output_part
-from api.response_object import (
-    ResponseObject,
-    answered,
-    cancelled,
-    failed,
-    output_message,
-)
+from api.response_object import ResponseObject, answered, cancelled, failed
+from api.response_output import events_of, output_item
 from engine.types import OutputDelta
 
 # (the response as it ended, its last delta where the engine has completed it)
@@ -27,61 +23,39 @@ OnEnd = Callable[[ResponseObject, OutputDelta | None], None]
 
 
 class ResponseEncoder:
-    """An api.encode.Encoder of one answer, whose events are framed: `event:` and `data:` lines.
+    """An api.encode.Encoder of one answer, whose events are framed: `event:` and `data:` lines."""
 
-    With `strips_start`, white space before the first word is dropped, as in a chat.
-    """
-
-    def __init__(self, response: ResponseObject, on_end: OnEnd, *, strips_start: bool) -> None:
-        """`response` is the object as it is before the answer."""
+    def __init__(self, response: ResponseObject, on_end: OnEnd, form: AnswerForm) -> None:
+        """`response` is the object as it is before the answer, `form` what that may hold."""
         self.response = response
         self._on_end = on_end
-        self._item_id = new_item_id()
-        self._texts: list[str] = []
-        self._strips_start = strips_start
+        self._items = AnswerItems(form)
         self._end: OutputDelta | None = None
         self._num_events = 0
         self.is_answered = False  # and so the state at the end is the response's
 
     def first(self) -> list[bytes]:
-        item = output_message(self._item_id, "in_progress")
         return [
             self._event("response.created", response=self.response),
             self._event("response.in_progress", response=self.response),
-            self._event("response.output_item.added", output_index=0, item=item),
-            self._part_event("response.content_part.added", part=output_part("")),
         ]
 
     def piece(self, index: int, delta: OutputDelta) -> list[bytes]:
-        text = delta.text
-        if self._strips_start and not self._texts:
-            text = text.lstrip()
-        if not text:
-            return []
-        self._texts.append(text)
-        return [self._part_event("response.output_text.delta", delta=text, logprobs=[])]
+        return self._events(self._items.feed(delta.text))
 
     def last(self, index: int, delta: OutputDelta) -> list[bytes]:
         self._end = delta
-        return []
+        return self._events(self._items.finish(delta))
 
     def end(self, usage: Usage) -> list[bytes]:
         assert self._end is not None, "the answer has not ended"
-        text = "".join(self._texts)
-        self._answer(text, self._end, usage)
-        status = self.response["status"]
-        item = output_message(self._item_id, str(status), text)
-        return [
-            self._part_event("response.output_text.done", text=text, logprobs=[]),
-            self._part_event("response.content_part.done", part=output_part(text)),
-            self._event("response.output_item.done", output_index=0, item=item),
-            self._event(f"response.{status}", response=self.response),
-        ]
+        self._answer(self._end, usage)
+        return [self._event(f"response.{self.response['status']}", response=self.response)]
 
     def whole(self, deltas: Sequence[OutputDelta], usage: Usage) -> bytes:
         (end,) = deltas
-        text = end.text.lstrip() if self._strips_start else end.text
-        self._answer(text, end, usage)
+        self._items.read_whole(end)
+        self._answer(end, usage)
         return orjson.dumps(self.response)
 
     def fail(self, error: ApiError) -> bytes:
@@ -98,19 +72,17 @@ class ResponseEncoder:
         """Nobody wants the answer any more."""
         self._conclude(cancelled(self.response), None)
 
-    def _answer(self, text: str, end: OutputDelta, usage: Usage) -> None:
-        now_s = int(time.time())
-        self._conclude(answered(self.response, self._item_id, text, end, usage, now_s), end)
+    def _answer(self, end: OutputDelta, usage: Usage) -> None:
+        output = [output_item(item) for item in self._items.items]
+        self._conclude(answered(self.response, output, end, usage, int(time.time())), end)
         self.is_answered = True
 
     def _conclude(self, response: ResponseObject, end: OutputDelta | None) -> None:
         self.response = response
         self._on_end(response, end)
 
-    def _part_event(self, name: str, **fields: object) -> bytes:
-        """Of the one part of the one item."""
-        place = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-        return self._event(name, **place, **fields)
+    def _events(self, steps: Sequence[ItemStep]) -> list[bytes]:
+        return [self._event(name, **fields) for step in steps for name, fields in events_of(step)]
 
     def _event(self, name: str, **fields: object) -> bytes:
         data = {"type": name, "sequence_number": self._num_events, **fields}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from api.encode import AnswerHead
 from api.response_body import ResponseBody
-from api.response_items import output_part
 from engine.types import FinishReason, OutputDelta, SamplingParams
 
 ResponseObject = dict[str, object]
@@ -30,38 +29,22 @@ def response_object(
         "metadata": body.metadata or {},
         "model": head.model_name,
         "output": [],
-        "parallel_tool_calls": True,
         "previous_response_id": body.previous_response_id,
-        "reasoning": {"effort": None, "summary": None},
         "service_tier": "default",
         "store": body.is_stored,
         "system_fingerprint": head.fingerprint,
         "temperature": sampling.temperature,
-        "text": {"format": {"type": "text"}},
-        "tool_choice": "auto",
-        "tools": [],
         "top_logprobs": 0,
         "top_p": sampling.top_p,
         "truncation": "disabled",
         "usage": None,
-    }
-
-
-def output_message(item_id: str, status: str, text: str | None = None) -> dict[str, object]:
-    """The one item of the output; without a text, as it is before the first one comes."""
-    return {
-        "id": item_id,
-        "type": "message",
-        "status": status,
-        "role": "assistant",
-        "content": [] if text is None else [output_part(text)],
+        **body.echo(),
     }
 
 
 def answered(
     response: ResponseObject,
-    item_id: str,
-    text: str,
+    output: Sequence[Mapping[str, object]],
     end: OutputDelta,
     usage: Mapping[str, object],
     completed_s: int,
@@ -73,7 +56,7 @@ def answered(
         "status": status,
         "completed_at": None if is_cut else completed_s,
         "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
-        "output": [output_message(item_id, status, text)],
+        "output": output,
         "usage": _usage_object(end, usage),
     }
 
@@ -97,7 +80,7 @@ def _usage_object(end: OutputDelta, usage: Mapping[str, object]) -> dict[str, ob
             "cache_write_tokens": 0,
         },
         "output_tokens": end.num_output_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": usage["completion_tokens_details"],
         "total_tokens": num_input_tokens + end.num_output_tokens,
     }
     if usage.get("context_exceeded"):

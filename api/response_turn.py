@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import orjson
 
-from api.chat import ChatMessage
+from api.chat import ChatMessage, are_about_tools, with_definitions
 from api.errors import ApiError
 from api.registry import Replica
 from api.response_body import ResponseBody
 from api.response_database import StoredResponse
 from api.response_items import ItemObject, messages_of
 from api.response_store import ResponseStore
+from api.tool_text import definitions
 from engine.errors import EngineError
 
 ENDED_WELL = ("completed", "incomplete")
@@ -28,6 +29,7 @@ class Turn:
     messages: list[ChatMessage]
     state_id: str | None
     instructions: str | None  # in effect from here on
+    tools: str | None  # likewise, what the model was told of them; as in StoredResponse
     initial_state: str | None  # what the conversation begins with, where that was said
 
 
@@ -43,7 +45,7 @@ async def turn_of(
     The way back ends at the first response that has its state, which most often is the first one.
     """
     untold: list[StoredResponse] = []  # newest first
-    state_id, instructions, initial_state = None, None, body.initial_state
+    told, state_id, initial_state = _Told(), None, body.initial_state
     previous_id = body.previous_response_id
     while previous_id is not None:
         previous = await store.get(owner, previous_id)
@@ -51,24 +53,41 @@ async def turn_of(
             raise _not_found(body, previous_id)
         initial_state = previous.initial_state
         if _has_state(replica, previous):
-            state_id, instructions = previous.state_id, previous.instructions
+            state_id, told = previous.state_id, _Told(previous.instructions, previous.tools)
             break
         untold.append(previous)
         previous_id = previous.previous_id
     messages: list[ChatMessage] = []
     for response in reversed(untold):
-        messages += _instructing(instructions, response.instructions)
-        instructions = response.instructions
-        messages += messages_of(orjson.loads(response.items))
+        given = messages_of(orjson.loads(response.items))
+        messages += told.turn(given, response.instructions, response.tools)
         messages += messages_of(_output_of(response))
-    messages += _instructing(instructions, body.instructions)
-    messages += messages_of(items)
-    return Turn(messages, state_id, body.instructions or instructions, initial_state)
+    use = body.tool_use()
+    tools = None if use is None else definitions(use.tools)
+    messages += told.turn(messages_of(items), body.instructions, tools)
+    return Turn(messages, state_id, told.instructions, told.tools, initial_state)
 
 
-def _instructing(before: str | None, now: str | None) -> list[ChatMessage]:
-    """A state cannot forget, so instructions stay in effect; only others are told anew."""
-    return [ChatMessage("system", now)] if now and now != before else []
+@dataclass(slots=True)
+class _Told:
+    """What is in effect. A state cannot forget, so it stays; only other things are told anew."""
+
+    instructions: str | None = None
+    tools: str | None = None
+
+    def turn(
+        self, messages: list[ChatMessage], instructions: str | None, tools: str | None
+    ) -> list[ChatMessage]:
+        """The messages of a turn, with what has to be told before them."""
+        if instructions and instructions != self.instructions:
+            self.instructions = instructions
+            messages = [ChatMessage("system", instructions), *messages]
+        if tools and tools != self.tools:
+            self.tools = tools
+            return with_definitions(messages, tools)
+        if self.tools is None and (tools is not None or are_about_tools(messages)):
+            self.tools = ""
+        return messages
 
 
 def _has_state(replica: Replica, response: StoredResponse) -> bool:

@@ -78,7 +78,9 @@ class StructuredFields(SamplingFields, kw_only=True):
     def structure(self) -> NamedPart | None:
         """What the answer must match; None for anything. Raises ApiError 400, also for two of the
         fields."""
-        asked = [*self._response_format(), *self._structured_outputs(), *self._guided()]
+        own = self.own_format()
+        asked = [] if own is None else [own]
+        asked += [*self._structured_outputs(), *self._guided()]
         if len(asked) > 1:
             first, second = asked[0].field, asked[1].field
             raise invalid(
@@ -86,21 +88,13 @@ class StructuredFields(SamplingFields, kw_only=True):
             )
         return asked[0] if asked else None
 
-    def _response_format(self) -> list[NamedPart]:
+    def own_format(self) -> NamedPart | None:
+        """What the route's own field says. Raises ApiError 400."""
         asked = self.response_format
-        if asked is None or asked.type == "text":
-            return []
-        if asked.type == "json_object":
-            return [_json("response_format", JSON_OBJECT)]
-        if asked.type != "json_schema":
-            raise invalid(
-                f"'response_format.type' = {asked.type!r} is unknown; known are "
-                f"{', '.join(FORMATS)}",
-                "response_format",
-            )
-        if asked.json_schema is None or asked.json_schema.schema is None:
-            raise invalid("'response_format.json_schema.schema' is missing", "response_format")
-        return [_json("response_format", asked.json_schema.schema)]
+        if asked is None:
+            return None
+        schema = None if asked.json_schema is None else asked.json_schema.schema
+        return format_part("response_format", "json_schema.schema", asked.type, schema)
 
     def _structured_outputs(self) -> list[NamedPart]:
         asked = self.structured_outputs
@@ -122,6 +116,23 @@ class StructuredFields(SamplingFields, kw_only=True):
         return _written(
             "guided_", self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar
         )
+
+
+def format_part(
+    field: str, schema_field: str, kind: str, schema: Schema | None
+) -> NamedPart | None:
+    """A format of OpenAI's or Anthropic's; None for text. Raises ApiError 400."""
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return _json(field, JSON_OBJECT)
+    if kind != "json_schema":
+        raise invalid(
+            f"'{field}.type' = {kind!r} is unknown; known are {', '.join(FORMATS)}", field
+        )
+    if schema is None:
+        raise invalid(f"'{field}.{schema_field}' is missing", field)
+    return _json(field, schema)
 
 
 def _written(

@@ -42,6 +42,7 @@ class Tool:
     description: str = ""
     parameters: Mapping[str, object] | None = None
     is_strict: bool = False
+    field: str = ""  # of the request, which errors about `parameters` name
 
 
 @dataclass(frozen=True, slots=True)

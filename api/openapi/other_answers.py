@@ -26,27 +26,53 @@ class OutputText(Answer, kw_only=True):
     logprobs: list[Anything]
 
 
-class OutputMessage(Answer, kw_only=True):
+class ThoughtText(Answer, kw_only=True):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class Item(Answer, kw_only=True, tag_field="type"):
+    """Of an input or an output."""
+
     id: str
-    type: Literal["message"]
-    status: Literal["in_progress", "completed", "incomplete"]
+    status: Literal["completed", "incomplete"]
+
+
+class OutputMessage(Item, kw_only=True, tag="message"):
     role: Literal["assistant"]
     content: list[OutputText]
 
 
-class ResponseItem(Answer, kw_only=True):
-    """A message that was sent; those of the assistant have output parts."""
+class Thought(Item, kw_only=True, tag="reasoning"):
+    """It is told of whole; there are no summaries."""
 
-    id: str
-    type: Literal["message"]
-    status: Literal["completed"]
+    summary: list[Anything]
+    content: list[ThoughtText]
+
+
+class FunctionCall(Item, kw_only=True, tag="function_call"):
+    """Its arguments are JSON, or as much of it as there was."""
+
+    call_id: str
+    name: str
+    arguments: str
+
+
+class FunctionCallOutput(Item, kw_only=True, tag="function_call_output"):
+    call_id: str
+    output: str | list[InputText]
+
+
+class GivenMessage(Item, kw_only=True, tag="message"):
+    """Those of the assistant have output parts."""
+
     role: Literal["user", "assistant", "system", "developer"]
     content: list[dict[str, Anything]]
 
 
 class ResponseItemList(Answer, kw_only=True):
     object: Literal["list"]
-    data: list[ResponseItem]
+    data: list[GivenMessage | Thought | FunctionCall | FunctionCallOutput]
     first_id: str | None
     last_id: str | None
     has_more: bool
@@ -94,7 +120,7 @@ class ResponseAnswer(Answer, kw_only=True):
     max_output_tokens: int
     metadata: dict[str, str]
     model: str
-    output: list[OutputMessage]
+    output: list[OutputMessage | Thought | FunctionCall]
     parallel_tool_calls: bool
     previous_response_id: str | None
     reasoning: dict[str, Anything]
@@ -103,8 +129,8 @@ class ResponseAnswer(Answer, kw_only=True):
     system_fingerprint: str
     temperature: float
     text: dict[str, Anything]
-    tool_choice: str
-    tools: list[Anything]
+    tool_choice: str | dict[str, Anything]
+    tools: list[dict[str, Anything]]
     top_logprobs: int
     top_p: float
     truncation: str
@@ -137,9 +163,25 @@ class AnthropicError(Answer, kw_only=True):
     request_id: str | None
 
 
-class TextBlock(Answer, kw_only=True):
-    type: Literal["text"]
+class TextBlock(Answer, kw_only=True, tag_field="type", tag="text"):
     text: str
+
+
+class ThinkingBlock(Answer, kw_only=True, tag_field="type", tag="thinking"):
+    """The signature is empty."""
+
+    thinking: str
+    signature: str
+
+
+class ToolUseBlock(Answer, kw_only=True, tag_field="type", tag="tool_use"):
+    id: str
+    name: str
+    input: dict[str, Anything]
+
+
+class ThinkingTokens(Answer, kw_only=True):
+    thinking_tokens: int
 
 
 class MessageUsage(Answer, kw_only=True):
@@ -149,6 +191,7 @@ class MessageUsage(Answer, kw_only=True):
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
     output_tokens: int
+    output_tokens_details: ThinkingTokens
 
 
 class Message(Answer, kw_only=True):
@@ -156,8 +199,8 @@ class Message(Answer, kw_only=True):
     type: Literal["message"]
     role: Literal["assistant"]
     model: str
-    content: list[TextBlock]
-    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence"] | None
+    content: list[TextBlock | ThinkingBlock | ToolUseBlock]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None
     stop_sequence: str | None
     usage: MessageUsage
 

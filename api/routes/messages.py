@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from blacksheep import Request, Response
 
-from api.chat import ChatMessage
-from api.conversation import conversation_prompt
+from api.answer_reader import AnswerForm
+from api.chat_prompt import chat_prompt
 from api.generation import accept, respond
-from api.message_body import MessagesBody, parse_count, parse_messages
+from api.message_body import parse_count, parse_messages
 from api.message_encode import PING, MessageEncoder
 from api.placement import place
 from api.prompt import Prompt
@@ -25,16 +25,12 @@ def message_routes(service: Service) -> list[Route]:
         messages = body.chat_messages()
 
         def prompts_for(replica: Replica, base: StateInfo | None) -> list[Prompt]:
-            return [_prompt(body, messages, replica)]
+            return [chat_prompt(body, messages, replica.table.template)]
 
         accepted = await accept(service, request, body, prompts_for, "msg")
         (only,) = accepted.requests  # messages resume nothing
-        encoder = MessageEncoder(
-            accepted.head,
-            len(only.prompt_ids),
-            body.stops,
-            strips_start=_asks_answer(messages) and accepted.replica.table.template == "g1",
-        )
+        form = accepted.form or AnswerForm()
+        encoder = MessageEncoder(accepted.head, len(only.prompt_ids), form, body.added_stops)
         framing = named_events(encoder.fail, PING)
         return await respond(service, body, accepted, encoder, framing)
 
@@ -43,7 +39,7 @@ def message_routes(service: Service) -> list[Route]:
         messages = body.chat_messages()
 
         def prompts_for(replica: Replica) -> list[Prompt]:
-            return [_prompt(body, messages, replica)]
+            return [chat_prompt(body, messages, replica.table.template)]
 
         placed = await place(service.registry, body.model, prompts_for)
         return json_response({"input_tokens": len(placed.prompts[0].encoded.ids)})
@@ -52,19 +48,3 @@ def message_routes(service: Service) -> list[Route]:
         Route("POST", "/v1/messages", create_message),
         Route("POST", "/v1/messages/count_tokens", count_tokens),
     ]
-
-
-def _prompt(body: MessagesBody, messages: list[ChatMessage], replica: Replica) -> Prompt:
-    return conversation_prompt(
-        "messages",
-        messages,
-        replica,
-        asks_answer=_asks_answer(messages),
-        stops=body.stops,
-        structure=body.structure(),
-    )
-
-
-def _asks_answer(messages: list[ChatMessage]) -> bool:
-    """Whether the assistant is to begin, rather than go on with words put into its mouth."""
-    return messages[-1].role != "assistant"

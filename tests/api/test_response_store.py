@@ -27,6 +27,7 @@ ONE = StoredResponse(
     created_unix_s=100.0,
     expires_unix_s=None,
     instructions=None,
+    tools=None,
     initial_state=None,
     state_id="state-1",
     body=b'{"status": "completed"}',
