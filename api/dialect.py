@@ -33,7 +33,10 @@ def anthropic_error(error: ApiError, request_id: str | None = None) -> bytes:
     """{"type": "error", "error": {"type", "message"}, "request_id"}, as JSON."""
     default = "api_error" if error.status >= 500 else INVALID_REQUEST
     kind = TYPE_OF_STATUS.get(error.status, default)
-    told = {"type": kind, "message": error.message}
+    told: dict[str, object] = {"type": kind, "message": error.message}
+    if error.param == "thread":
+        # Told this, clients go on by sending the whole conversation.
+        told["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
     return orjson.dumps({"type": "error", "error": told, "request_id": request_id})
 
 

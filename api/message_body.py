@@ -18,6 +18,8 @@ MESSAGES: dict[str, tuple[object, ...]] = SHARED | {
     "thinking.display": ("summarized",),
     "output_config.task_budget": (),
     "mcp_servers": ([],),
+    "thread": (),
+    "compaction": (),
     "container": (),
     "context_management": (),
     # Of the other routes; messages have words of their own for these.

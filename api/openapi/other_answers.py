@@ -151,8 +151,11 @@ class ResponseDeleted(Answer, kw_only=True):
 
 
 class AnthropicErrorDetails(Answer, kw_only=True):
+    """The details tell programs what is not supported."""
+
     type: str
     message: str
+    details: dict[str, Anything] | UnsetType = UNSET
 
 
 class AnthropicError(Answer, kw_only=True):

@@ -169,6 +169,39 @@ async def test_thoughts_and_calls_fit(tmp_path: Path, monkeypatch, answer, field
         validate(of_data, event)
 
 
+THOUGHT_AND_CALL = f">\nSo.\n</think>\n{CALL}"
+RESPONSE = {"model": "m", "input": "hi", "reasoning": {"effort": "low"}}
+FLAT = RESPONSE | {"tools": [{"type": "function", "name": "now"}]}
+BLOCKS = MESSAGES | {
+    "tools": [{"name": "now", "input_schema": {"type": "object"}}],
+    "thinking": {"type": "adaptive"},
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "limit"),
+    [("/v1/responses", FLAT, "max_output_tokens"), ("/v1/messages", BLOCKS, "max_tokens")],
+)
+async def test_items_and_blocks_fit(tmp_path: Path, monkeypatch, path: str, body: dict, limit: str):
+    async with running(tmp_path) as server:
+        usage = (await server.post(path, body | {limit: 1})).json()["usage"]
+        script = "." * usage["input_tokens"] + THOUGHT_AND_CALL
+        monkeypatch.setattr("tests.api.scripted.SCRIPT", script)
+        sizes = (40, len(THOUGHT_AND_CALL))  # the first one cuts the call
+        replies = [await server.post(path, body | {limit: size}) for size in sizes]
+        for reply in replies:
+            assert len(reply.json().get("output") or reply.json()["content"]) > 1
+        if path == "/v1/responses":
+            output = {"type": "function_call_output", "call_id": "1", "output": "x"}
+            items = [*replies[-1].json()["output"], output]
+            response = (await server.post(path, FLAT | {"input": items})).json()
+            listed = f"{path}/{response['id']}/input_items"
+            schema = described("GET", listed, "application/json")
+            validate(schema, (await server.get(listed)).json())
+    for reply in replies:
+        validate(described("POST", path, "application/json"), reply.json())
+
+
 async def test_a_field_more_or_less_would_be_noticed(tmp_path: Path):
     async with running(tmp_path) as server:
         answer = (await server.chat()).json()

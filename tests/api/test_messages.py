@@ -236,6 +236,12 @@ class TestErrors:
         ]
         assert "'max_tokens'" in found[1][2]
 
+    async def test_clients_are_told_to_do_without_a_thread(self, tmp_path: Path):
+        async with running(tmp_path) as server:
+            reply = await ask(server, thread={"type": "create"})
+        assert error_of(reply)[:2] == (400, "invalid_request_error")
+        assert reply.error["details"]["error_code"] == "thread_unsupported_request"
+
     async def test_other_routes_keep_theirs(self, tmp_path: Path):
         async with running(tmp_path) as server:
             reply = await server.post("/v1/messagesx", {})
@@ -256,6 +262,8 @@ class TestErrors:
             ({"system": [{"type": "image"}]}, "system[0]"),
             ({"max_tokens": None}, "max_tokens"),
             ({"output_config": {"task_budget": {"total": 9}}}, "output_config.task_budget"),
+            ({"thread": {"type": "create"}}, "thread"),
+            ({"compaction": {"type": "summarize"}}, "compaction"),
             ({"reasoning_effort": "high"}, "reasoning_effort"),
             ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs"),
             ({"parallel_tool_calls": False}, "parallel_tool_calls"),

@@ -96,7 +96,7 @@ def test_errors_arrive_as_the_classes_of_the_client(client: Anthropic, server: S
     with pytest.raises(anthropic.NotFoundError) as unknown:
         client.messages.create(**ASK | {"model": "claude"})
     with pytest.raises(anthropic.BadRequestError) as wrong:
-        client.messages.create(tools=[{"name": "f", "input_schema": {"type": "object"}}], **ASK)
+        client.messages.create(tools=[{"name": "bash", "type": "bash_20250124"}], **ASK)
     address = server.process.address
     with (
         Anthropic(base_url=address, api_key="sk-two", max_retries=0) as other,
@@ -105,7 +105,7 @@ def test_errors_arrive_as_the_classes_of_the_client(client: Anthropic, server: S
         other.messages.create(**ASK)
     assert unknown.value.type == "not_found_error"
     assert unknown.value.request_id
-    assert "'tools'" in (wrong.value.api_message or "")
+    assert "'tools[0].type'" in (wrong.value.api_message or "")
     assert refused.value.type == "authentication_error"
 
 
