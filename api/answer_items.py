@@ -16,6 +16,8 @@ from api.answer_parts import CallArguments, CallBegin, Content, Part, Reasoning
 from api.answer_reader import AnswerForm, MessageReader
 from engine.types import FinishReason, OutputDelta
 
+NO_ARGUMENTS = "{}"
+
 
 class ItemKind(Enum):
     THOUGHT = "thought"
@@ -39,13 +41,14 @@ class AnswerItem:
         """A thought, a text, or the arguments of a call."""
         return "".join(self.pieces)
 
-    def input(self) -> dict[str, object]:
-        """The arguments of a call; none of one that was cut before they were complete."""
-        try:
-            found: dict[str, object] = json.loads(self.text)
-        except ValueError:
-            return {}
-        return found
+    def arguments(self) -> str:
+        """Those of a call, always JSON: {} where they were cut before they were complete."""
+        if self.is_cut:
+            try:
+                json.loads(self.text)
+            except (ValueError, RecursionError):
+                return NO_ARGUMENTS
+        return self.text or NO_ARGUMENTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,15 +120,20 @@ def _step_event(step: ItemStep) -> bytes:
 
 
 def _block(item: AnswerItem) -> dict[str, object]:
-    """A call's arguments are there when they are complete."""
     match item.kind:
         case ItemKind.TEXT:
             return {"type": "text", "text": item.text}
         case ItemKind.THOUGHT:
             return {"type": "thinking", "thinking": item.text, "signature": NO_SIGNATURE}
         case ItemKind.CALL:
-            called = {"id": f"toolu_{item.key}", "name": item.name, "input": item.input()}
-            return {"type": "tool_use", **called}
+            # As it was drawn: no number is rounded, and no depth too much.
+            arguments = orjson.Fragment(item.arguments())
+            return {
+                "type": "tool_use",
+                "id": f"toolu_{item.key}",
+                "name": item.name,
+                "input": arguments,
+            }
     assert_never(item.kind)
 
 

@@ -16,6 +16,7 @@ import orjson
 from api.chat import ROLE_OF_NAME, ChatMessage
 from api.errors import invalid
 from api.generation_body import MAX_NUM_CHOICES, GenerationBody
+from api.json_depth import check_depth
 from api.sampling import MAX_TOKEN_ID, Integer, integer
 from api.tools import ToolCallBody, ToolFields, chat_calls
 from api.unsupported import CHAT, COMPLETIONS, refuse_unsupported
@@ -259,6 +260,7 @@ def json_object(data: bytes) -> dict[str, object]:
         raise invalid(f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(fields, dict):
         raise invalid("the body must be a JSON object", code="invalid_json")
+    check_depth(data, fields)
     return fields
 
 

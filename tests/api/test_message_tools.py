@@ -126,6 +126,15 @@ class TestCalls:
         deltas = [e["delta"] for e in events_of(reply) if e["type"] == "content_block_delta"]
         assert "".join(delta["partial_json"] for delta in deltas) == '{"city": "Par'
 
+    async def test_cut_behind_its_arguments_it_has_them(self, tmp_path: Path, monkeypatch):
+        number = ToolCall("weather", '{"city": 12345678901234567890.5}')
+        answer = f"\n{call_text(number)}"
+        fields = {"tools": [WEATHER], "max_tokens": answer.index(".5") + 3}
+        async with running(tmp_path) as server:
+            reply = await answered(server, monkeypatch, answer, **fields)
+        assert well(reply).stop_reason == "max_tokens"
+        assert number.arguments.encode() in reply.body
+
     @pytest.mark.parametrize(
         ("choice", "use"),
         [

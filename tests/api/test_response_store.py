@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import stat
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from api.response_database import (
+    COLUMNS,
     FILE_NAME,
     LostState,
     ResponseDatabase,
@@ -123,6 +125,24 @@ class TestDatabase:
         assert database.get("tom", "resp_1", NOW_S) is None
         database.put([(numbered(2), 9)], NOW_S)
         assert database.get("tom", "resp_2", NOW_S)
+        database.close()
+
+    def test_file_of_an_earlier_version_gets_the_columns_it_lacks(self, tmp_path: Path):
+        columns = [name for name in COLUMNS if name != "tools"]
+        values = [getattr(ONE, name) for name in columns]
+        connection = sqlite3.connect(tmp_path / FILE_NAME)
+        connection.execute(f"CREATE TABLE responses ({', '.join(columns)})")
+        with connection:
+            marks = ", ".join("?" for _ in values)
+            connection.execute(f"INSERT INTO responses VALUES ({marks})", values)
+        connection.close()
+        database = ResponseDatabase(tmp_path)
+        assert database.get("tom", "resp_1", NOW_S) == ONE
+        other = numbered(2, tools="told")
+        database.put([(other, 9)], NOW_S)
+        database.close()
+        database = ResponseDatabase(tmp_path)
+        assert database.get("tom", "resp_2", NOW_S) == other
         database.close()
 
     def test_only_its_owner_may_read_the_file(self, tmp_path: Path):

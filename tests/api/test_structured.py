@@ -124,7 +124,7 @@ async def test_what_cannot_be_followed_is_400_with_field_and_reason(
 
 async def test_schema_nested_beyond_reason_is_400(tmp_path: Path):
     schema: dict = {}
-    for _ in range(400):
+    for _ in range(190):
         schema = {"items": schema}
     async with running(tmp_path) as server:
         reply = await server.chat(guided_json=schema)
