@@ -381,21 +381,18 @@ class EngineCore:
                 logger.exception("%s could not be ended in order", response.request_id)
 
     async def _shut_down(self) -> None:
+        name = self._info.model_name
         self._responses.abort_all()
         if self._sweep_timer is not None:
             self._sweep_timer.cancel()
         if self._task is not None:
             if self._death is None:
                 await self._persistence.save()
-            self._keeper.stop(f"{self._info.model_name} is closed")
+            self._keeper.stop(f"{name} is closed")
             self._task.cancel()
             await asyncio.wait([self._task])
             self._task = None  # a cancelled task refers to its frame, and that to the engine
         if not await self._pipeline.close(CLOSE_TIMEOUT_S):
-            logger.error(
-                "the device thread of %s did not stop in %.0f s and is left behind",
-                self._info.model_name,
-                CLOSE_TIMEOUT_S,
-            )
+            logger.error("the device thread of %s did not stop and is left behind", name)
         if not await self._persistence.close(CLOSE_TIMEOUT_S):
-            logger.error("the disk of %s did not finish and is left behind", self._info.model_name)
+            logger.error("the disk of %s did not finish and is left behind", name)

@@ -26,8 +26,7 @@ from engine.types import FinishReason, LiveLimits
 # waits: throughput for new requests costs running ones at most this factor.
 DECODE_INTERVAL = 4
 NO_TOKEN_LEFT = (
-    "what the request forbids leaves its grammar no token to go on with, or the grammar has too "
-    "many alternatives at one place"
+    "what the request forbids leaves its grammar no token, or that has too many alternatives here"
 )
 
 
@@ -354,30 +353,28 @@ class Scheduler:
 
     def _take_draw(self, seq: Sequence, draw: Draw) -> Progress:
         token_id = draw.token_id
+        has_grammar = seq.request.sampling.grammar is not None
         if token_id == BAD_TOKEN:
             position = seq.num_base_tokens + seq.num_computed
             self.cache.forget(seq)
             self.finish(seq, FinishReason.ERROR, f"logits of token {position} are not finite")
-            return Progress(seq, None)
-        if seq.max_tokens == 0:
+        elif seq.max_tokens == 0:
             self.finish(seq, FinishReason.LENGTH)
-            return Progress(seq, None)
-        if token_id == NO_TOKEN and seq.request.sampling.grammar is not None:
-            self.finish(seq, FinishReason.ERROR, NO_TOKEN_LEFT)  # what there is does not match
-            return Progress(seq, None)
-        if token_id == NO_TOKEN:
+        elif token_id == NO_TOKEN and has_grammar:  # what there is does not match it
+            self.finish(seq, FinishReason.ERROR, NO_TOKEN_LEFT)
+        elif token_id == NO_TOKEN:
             self.finish(seq, FinishReason.STOP)
-            return Progress(seq, None)
-        seq.take_draw(draw)
-        if token_id in seq.request.sampling.stop_token_ids:
-            self.finish(seq, FinishReason.STOP)
-        elif len(seq.output_ids) == seq.max_tokens:
-            self.finish(seq, FinishReason.LENGTH)
-        return Progress(seq, token_id)
+        else:
+            seq.take_draw(draw)
+            if token_id in seq.request.sampling.stop_token_ids:
+                self.finish(seq, FinishReason.STOP)
+            elif len(seq.output_ids) == seq.max_tokens:
+                self.finish(seq, FinishReason.LENGTH)
+            return Progress(seq, token_id)
+        return Progress(seq, None)
 
     def _fail_rows(self, plan: StepPlan, error: str) -> list[Progress]:
-        begun = [self._begun(row.seq_id) for row in plan.rows]
-        seqs = [seq for seq in begun if seq is not None]
+        seqs = [seq for row in plan.rows if (seq := self._begun(row.seq_id)) is not None]
         for seq in seqs:
             self.finish(seq, FinishReason.ERROR, error)
         return [Progress(seq, None) for seq in seqs]
@@ -394,9 +391,8 @@ class Scheduler:
     def _check_cursors(self, seq: Sequence) -> None:
         num_prompt = seq.num_prompt_tokens
         assert seq.num_computed <= seq.num_planned, f"{seq.seq_id} computed more than planned"
-        assert seq.num_planned < num_prompt + max(seq.max_tokens, 1), (
-            f"{seq.seq_id} planned too far"
-        )
+        end = num_prompt + max(seq.max_tokens, 1)
+        assert seq.num_planned < end, f"{seq.seq_id} planned too far"
         assert not seq.needs_prefill or seq.num_planned % self.cache.paragraph_len == 0, (
             f"{seq.seq_id} stands at {seq.num_planned}, off the paragraph grid"
         )

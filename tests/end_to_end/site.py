@@ -78,9 +78,7 @@ class Site:
         self._num_starts += 1
         log = self._folder / f"server-{self._num_starts}.log"
         given = ["--config-dir", self._folder / "config", "--infer-cfg", "test"]
-        process = ServerProcess(
-            given, log, module=module, env=env, max_open_files=max_open_files
-        )
+        process = ServerProcess(given, log, module=module, env=env, max_open_files=max_open_files)
         key = self.keys.get("api_key")
         try:
             yield Server(process, None if key is None else str(key))

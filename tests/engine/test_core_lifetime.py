@@ -130,7 +130,7 @@ async def test_close_leaves_a_hanging_device_thread_behind(
     runner.may_stop.set()
     left.join()
     assert left.daemon, "it would keep the process alive"
-    assert "did not stop in" in caplog.text
+    assert "did not stop and is left behind" in caplog.text
 
 
 class BrokenRunner(HashRunner):
