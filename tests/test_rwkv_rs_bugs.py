@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +15,12 @@ from typing import Any
 import pytest
 
 import api.generation
-from api.server import drain, opened
-from api.source import ConfigSource
+from api.server import drain
 from api.tool_text import ToolCall, call_text
-from engine.client import RequestStream
-from engine.core import EngineCore
 from engine.grammar_text import choice, regex
-from engine.types import EngineRequest, FinishReason, OutputDelta, SamplingParams
+from engine.types import FinishReason
 from tests.api.harness import (
     Reply,
-    Running,
     chat_body,
     eventually,
     model_table,
@@ -41,9 +35,25 @@ from tests.engine.simulation import Simulation
 from tests.engine.test_scheduler import ask as asked
 from tests.engine.test_scheduler import rows_of
 from tests.engine.tracked import Setup
+from tests.rwkv_rs import (
+    AB,
+    FREE,
+    MODEL,
+    PROMPT,
+    assert_same,
+    finish_reason,
+    finishes,
+    guests,
+    ids_of,
+    is_aborted,
+    is_held_up,
+    never_answers,
+    num_inside,
+    only_seat,
+    read_slowly,
+    started_again,
+)
 
-MODEL = "embedded-float64"  # exact: equal work gives equal bits
-PROMPT = text_ids(MODEL, 40)
 WEATHER = {
     "type": "function",
     "function": {
@@ -98,30 +108,6 @@ async def test_bug_02_slow_reader_loses_nothing_and_stops_nobody(tmp_path: Path)
     assert num_logprobs == num_tokens
 
 
-def is_held_up(server: Running) -> bool:
-    connections = list(server.server.server_state.connections)
-    return any(connection.flow.write_paused for connection in connections)  # type: ignore[union-attr]
-
-
-def read_slowly(sock: socket.socket) -> bytes:
-    """Until the last event; the chunks' sizes are lines of their own."""
-    sock.settimeout(30)
-    data = b""
-    while b"data: [DONE]" not in data[-200:]:
-        part = sock.recv(1 << 16)
-        assert part, "closed before the end"
-        data += part
-    head, _, body = data.partition(b"\r\n\r\n")
-    assert b" 200 " in head.split(b"\r\n")[0]
-    whole = b""
-    while body:
-        size, _, rest = body.partition(b"\r\n")
-        whole, body = whole + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
-        if b"data: [DONE]" in whole[-50:]:
-            break
-    return whole
-
-
 async def test_bug_03_reload_keeps_api_key_and_comments_in_the_file(tmp_path: Path):
     """rwkv-rs writes the TOML back without api_key: after a restart everybody may come in."""
     key = {"authorization": "Bearer sk-one"}
@@ -141,20 +127,6 @@ async def test_bug_03_reload_keeps_api_key_and_comments_in_the_file(tmp_path: Pa
         assert (await again.get("/v1/models")).status == 401
         assert (await again.get("/v1/models", **key)).status == 200
         assert (await again.post(RELOAD, added, **key)).status == 403
-
-
-@asynccontextmanager
-async def started_again(source: ConfigSource, builder: Any) -> AsyncIterator[Running]:
-    """Another server from the same file."""
-    async with opened(source.load(), source, builder) as (service, server):
-        listening = asyncio.Event()
-        task = asyncio.create_task(server.run_until_stopped(listening.set))
-        await listening.wait()
-        try:
-            yield Running(service, server, builder, source)
-        finally:
-            server.should_exit = True
-            await task
 
 
 async def test_bug_04_submit_racing_with_drain_is_refused_in_words(tmp_path: Path, monkeypatch):
@@ -187,18 +159,6 @@ async def test_bug_04_submit_racing_with_drain_is_refused_in_words(tmp_path: Pat
         assert (reply.status, reply.error["code"]) == (503, "draining")
         assert int(reply.headers["retry-after"]) > 0
     assert [finish_reason(reply) for reply in finished] == ["length"] * 4
-
-
-def num_inside(server: Running) -> int:
-    snapshot = server.snapshot()
-    number: int = snapshot.num_running + snapshot.num_waiting
-    return number
-
-
-def finish_reason(reply: Reply) -> str:
-    assert reply.status == 200, reply
-    reason: str = reply.json()["choices"][0]["finish_reason"]
-    return reason
 
 
 async def test_bug_04_drain_under_requests_fails_none_that_was_accepted(tmp_path: Path):
@@ -257,10 +217,6 @@ async def test_bug_05_cut_or_broken_tool_call_ends_cleanly(
     assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")]
 
 
-FREE = SamplingParams(seed=11, max_tokens=12, stop_token_ids=(), has_logprobs=True)
-AB = replace(FREE, grammar=regex("[ab]{1,200}"), stop_token_ids=(0,), max_tokens=200)
-
-
 async def test_bug_06_grammar_leaves_with_the_request_that_a_stop_string_ended(tmp_path: Path):
     """rwkv-rs clears the row of the grammar mask when the grammar ends, not on a stop string."""
     async with only_seat(tmp_path) as core:
@@ -279,27 +235,6 @@ async def test_bug_06_grammar_leaves_with_the_request_that_a_stop_string_ended(t
                 core, PROMPT, replace(FREE, grammar=choice(["xyz"]), stop_token_ids=(0,))
             )
             assert other.text.startswith("xyz")
-
-
-@asynccontextmanager
-async def only_seat(folder: Path, **keys: object) -> AsyncIterator[EngineCore]:
-    """An engine in which everybody gets the same seat and the same slot, and nothing is cached."""
-    one: dict[str, object] = {"max_batch_size": 1, "num_state_slots": 1, "host_state_mib": 0}
-    table = real_table(MODEL, folder, enable_prefix_cache=False, **(one | keys))
-    async with real_engines.opened(table) as core:
-        yield core
-
-
-def ids_of(core: EngineCore, *pieces: bytes) -> list[int]:
-    found = [core.tokenizer.token_id(piece) for piece in pieces]
-    return [token_id for token_id in found if token_id is not None]
-
-
-def assert_same(answer: OutputDelta, expected: OutputDelta) -> None:
-    """To the bit: there is nothing else in the batch."""
-    assert answer.error is None
-    assert answer.token_ids == expected.token_ids
-    assert answer.logprobs == expected.logprobs
 
 
 async def test_bug_07_decode_first_and_max_context_len_have_an_effect(tmp_path: Path):
@@ -405,39 +340,6 @@ async def test_bug_10_random_numbers_do_not_repeat_per_slot(tmp_path: Path):
         # Each in another seat and slot than before, and in company.
         answers = await asyncio.gather(*(ask(core, PROMPT, one) for one in reversed(params)))
     assert [one.token_ids for one in reversed(answers)] == [one.token_ids for one in alone]
-
-
-def guests(core: EngineCore) -> dict[str, SamplingParams]:
-    """Requests that leave as much behind as they can."""
-    common = ids_of(core, b" ", b"e", b"a", b"the", b" the", b".", b"\n")
-    return {
-        "penalties": replace(FREE, presence_penalty=9.0, repetition_penalty=3.0),
-        "bias": replace(FREE, logit_bias=tuple((token_id, 50.0) for token_id in common)),
-        "allowed": replace(FREE, allowed_token_ids=tuple(common)),
-        "banned": replace(FREE, bad_words=("a", "e", "th"), banned_token_ids=tuple(common)),
-        "min_tokens": replace(FREE, min_tokens=12, stop_token_ids=(0, *common)),
-        "grammar": replace(AB, has_logprobs=False),
-        "greedy": replace(FREE, temperature=0.0, seed=0),
-        "limits": replace(FREE, top_k=2, top_p=0.3, min_p=0.2, temperature=5.0),
-        "stop": replace(FREE, stop=("e", "a", " ")),
-    }
-
-
-async def finishes(core: EngineCore, asked: EngineRequest) -> None:
-    await core.submit(asked).collect()
-
-
-async def is_aborted(core: EngineCore, asked: EngineRequest) -> None:
-    stream: RequestStream = core.submit(asked)
-    await anext(stream)
-    stream.close()
-
-
-async def never_answers(core: EngineCore, asked: EngineRequest) -> None:
-    """It leaves while its prompt is computed."""
-    stream = core.submit(asked)
-    await eventually(lambda: core.snapshot().num_running == 1)
-    stream.close()
 
 
 async def test_bug_11_nothing_is_left_in_a_slot_or_seat(tmp_path: Path):
