@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import resource
 import select
 from collections.abc import Collection, Iterable
@@ -24,6 +25,7 @@ KIB = 1024
 MAX_NUM_CONNECTIONS = 65_536
 NUM_OWN_FILES = 128
 HANG_UP = getattr(select, "POLLRDHUP", 0)  # of Linux; elsewhere only a reset is noticed
+UPGRADE = re.compile(rb"\nupgrade:", re.IGNORECASE)
 REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
 
 
@@ -58,6 +60,7 @@ class GuardedHttp(HttpToolsProtocol):
         if self._is_refused:
             return
         if self._is_in_header:
+            data = _without_upgrade(data)
             self._num_header_bytes += len(data)
             if self._deadline_s == math.inf:
                 self._deadline_s = self.loop.time() + self.header_timeout_s
@@ -72,10 +75,10 @@ class GuardedHttp(HttpToolsProtocol):
         if len(self.headers) > self.max_num_headers or is_large > self.max_header_bytes:
             self._refuse_large_header()
             return
+        super().on_headers_complete()  # first, as it refuses bad URLs by raising
         self._is_in_header = False
         self._num_header_bytes = self._num_wire_bytes = self._num_body_bytes = 0
         self._deadline_s = self.loop.time() + self.body_grace_s
-        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         if self._is_refused:
@@ -115,6 +118,10 @@ class GuardedHttp(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(ApiError(400, f"not a valid HTTP request: {msg}", code="invalid_http"))
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """The parser has stopped, which is what it does after an offer in a pipelined request."""
+        self.send_400_response("nothing can follow the offer of another protocol")
 
     def check_deadlines(self, now_s: float) -> None:
         """Close the connection if its client has been too slow."""
@@ -221,6 +228,15 @@ def make_room(connections: Collection[object], most: int) -> list[GuardedHttp]:
     for connection in closed:
         connection.transport.close()
     return closed
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """A client may offer to go on in another protocol, as Java's does, and is answered in this one.
+
+    The parser would stop there instead, and the body be lost.
+    """
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return UPGRADE.sub(b"\nignored:", head) + end + rest if UPGRADE.search(head) else data
 
 
 def _has_hung_up(file: int) -> bool:

@@ -106,8 +106,7 @@ def test_client_that_leaves_between_turns_of_a_connection_costs_nothing(server: 
         for ending in (b"", b"POST /v1/comp", POST + b"Content-Length: 10\r\n\r\n{"):
             with server.process.connect() as sock:
                 sock.sendall(asked)
-                while b'"usage"' not in sock.recv(65536):
-                    pass
+                read_until(sock, b"}}}")
                 sock.sendall(ending)
 
 
@@ -180,6 +179,7 @@ MALFORMED = {
     "no method": b" / HTTP/1.1\r\n\r\n",
     "unknown method": b"FROB / HTTP/1.1\r\n\r\n",
     "wrong version": b"GET /version HTTP/9.9\r\n\r\n",
+    "CONNECT": b"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com\r\n\r\n" + SMUGGLED,
     "HTTP/2": HTTP2_PREFACE,
     "TLS": TLS_HELLO,
     "garbage": bytes(range(256)) * 40,
@@ -217,6 +217,31 @@ def test_expecting_client_is_told_to_go_on_or_why_not(server: Server):
         assert parse_reply(read_all(sock)).status == 200
     too_large = parse_reply(server.process.raw(head % 10**9))
     assert too_large.status == 413, "without reading a byte of the body"
+
+
+@pytest.mark.parametrize("protocol", [b"h2c", b"websocket"])
+def test_offer_of_another_protocol_is_ignored(server: Server, protocol: bytes):
+    """The body is read, and so is the next request; behind a pipelined one nothing is."""
+    sent = request_bytes("POST", "/v1/completions", PROTOCOLS["completions"].body("Once", 2))
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: %b\r\n" % protocol
+    offering = sent.replace(b"Connection: close\r\n", offer)
+    with unharmed(server), server.process.connect() as sock:
+        for _ in range(2):
+            sock.sendall(offering)
+            assert b'"text_completion"' in read_until(sock, b"}}}")
+        sock.sendall(offering * 2 + SMUGGLED)
+        answer = read_all(sock)
+        assert answer.count(b'"text_completion"') == 1
+        assert b"/smuggled" not in answer
+
+
+def read_until(sock: socket.socket, end: bytes) -> bytes:
+    data = b""
+    while not data.endswith(end):
+        part = sock.recv(65536)
+        assert part, f"closed after {data!r}"
+        data += part
+    return data
 
 
 def test_http_1_0_is_answered_and_closed(server: Server):
