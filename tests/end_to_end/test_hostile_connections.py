@@ -272,3 +272,29 @@ def test_idle_connections_make_way_where_files_are_few(tmp_path_factory: pytest.
             for sock in [kept, *socks]:
                 sock.close()
         assert is_idle(server)
+
+
+@pytest.mark.slow
+def test_documented_seconds_are_those_of_the_server(tmp_path_factory: pytest.TempPathFactory):
+    """10 s for a header, 30 s for a body without one, and 30 s for a reader that has stopped."""
+    site = Site(tmp_path_factory.mktemp("patient"), model={})
+    with site.serving() as server, ExitStack() as stack, unharmed(server):
+        sent = {
+            "silence": (b"", 10),
+            "header": (b"GET / HT", 10),
+            "body": (POST + b"Content-Length: 9\r\n\r\n{", 30),
+        }
+        started_s = time.monotonic()
+        socks = {}
+        for name, (begin, _) in sent.items():
+            socks[name] = stack.enter_context(server.process.connect())
+            socks[name].settimeout(60)
+            socks[name].sendall(begin)
+        deaf = stack.enter_context(deaf_socket(server))
+        deaf.sendall(PROTOCOLS["chat"].endless(stream=True))
+        for name, (_, limit_s) in sent.items():
+            read_all(socks[name])
+            elapsed_s = time.monotonic() - started_s
+            assert limit_s - 1 < elapsed_s < limit_s + 10, (name, elapsed_s)
+        wait_running(server, 0, timeout_s=60)
+        assert time.monotonic() - started_s > 30
