@@ -189,9 +189,9 @@ class Machine:
     async def kill(self) -> None:
         """An end without a word: what was not written is lost, jobs not begun are not done."""
         task = self.core._task
-        assert task is not None, "it was not started"
-        task.cancel()
-        await asyncio.wait([task])
+        if task is not None:  # else it was stopped before
+            task.cancel()
+            await asyncio.wait([task])
         self.runner.is_closed = True
         self.runner.plans.clear()
         for timer in (*self.core._responses._timers.values(), self.core._sweep_timer):
