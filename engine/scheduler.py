@@ -25,9 +25,7 @@ from engine.types import FinishReason, LiveLimits
 # With decode_first = false a decode row runs at least in each such step, however much prefill
 # waits: throughput for new requests costs running ones at most this factor.
 DECODE_INTERVAL = 4
-NO_TOKEN_LEFT = (
-    "what the request forbids leaves its grammar no token, or that has too many alternatives here"
-)
+NO_TOKEN_LEFT = "the limits of its grammar, or what it forbids, leave no token to go on with"
 
 
 @dataclass(frozen=True, slots=True)
