@@ -79,7 +79,7 @@ def test_whoever_does_not_ask_costs_and_learns_nothing() -> None:
     sampler.start(1, replace(GREEDY, has_logprobs=True))
     sampler.start(2, replace(GREEDY, has_logprobs=True, num_top_logprobs=2))
     logits = torch.randn(3, VOCAB_SIZE, generator=torch.manual_seed(0))
-    assert sampler.sample(logits[:1].clone(), [0], [1])[1:] == ((), (), (), ())
+    assert not any(sampler.sample(logits[:1].clone(), [0], [1])[1:])
     assert sampler.sample(logits[:2].clone(), [0, 1], [1, 1]).tops == ()
     draws = sampler.sample(logits.clone(), [0, 1, 2], [1, 1, 1])
     assert [len(top) for top in draws.tops] == [0, 0, 2]
