@@ -59,8 +59,12 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     bad_words: list[str] | None = None
 
     def to_params(self, default_stop: Sequence[str] = ()) -> SamplingParams:
-        """Checked parameters. Raises ApiError 400 with the field's name as `param`."""
-        stop = tuple(default_stop) if self.stop is None else _stop(self.stop)
+        """Checked parameters. Raises ApiError 400 with the field's name as `param`.
+
+        `default_stop` ends a turn as token 0 ends a document, so `ignore_eos` is about both.
+        """
+        default = () if self.ignore_eos else tuple(default_stop)
+        stop = default if self.stop is None else _stop(self.stop)
         seed = None if self.seed is None else integer("seed", self.seed, -(2**63), 2**64 - 1)
         max_tokens = self._max_tokens()
         return SamplingParams(

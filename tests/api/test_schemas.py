@@ -118,6 +118,11 @@ def test_stop_is_one_string_or_several():
     assert chat().to_params(("default",)).stop == ("default",)
 
 
+def test_ignore_eos_is_about_the_default_stop_too():
+    assert chat(ignore_eos=True).to_params(("default",)).stop == ()
+    assert chat(ignore_eos=True, stop="x").to_params(("default",)).stop == ("x",)
+
+
 def test_constraints_are_understood_field_by_field():
     sampling = params(
         min_p=0.05,

@@ -127,3 +127,29 @@ def test_nothing_is_held_back_that_completes_an_event(quiet_server: Server) -> N
             events += found
             assert reader.readline() == b"\r\n"
     assert events[-1].data == "[DONE]"
+
+
+TEXT_PARTS = [{"role": "user", "content": [{"type": "text", "text": "Tell me a story."}]}]
+COUNTED = {"stream_options": {"include_usage": True}, "ignore_eos": True}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("completions", {"prompt": "Once", "max_tokens": 20, "repetition_penalty": 1.0, **COUNTED,
+                         "temperature": 0.0, "logprobs": None}),
+        ("completions", {"prompt": [35, 7, 9], "max_tokens": 20, "best_of": 1, **COUNTED}),
+        ("chat/completions", {"messages": TEXT_PARTS, "max_completion_tokens": 60, **COUNTED,
+                              "temperature": 0.0}),
+    ],
+)  # fmt: skip
+def test_load_tools_get_as_many_tokens_as_they_ask_for(
+    quiet_server: Server, path: str, fields: dict[str, object]
+) -> None:
+    """The fields of `vllm bench serve` and of SGLang's bench_serving."""
+    *_, last, done = events_of(streamed(quiet_server, f"/v1/{path}", fields).body)
+    assert done.data == "[DONE]"
+    (told,) = objects([last])
+    assert told["choices"] == []
+    asked = fields.get("max_tokens", fields.get("max_completion_tokens"))
+    assert told["usage"]["completion_tokens"] == asked
