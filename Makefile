@@ -5,7 +5,7 @@ ARGS ?=
 TRAIN_CFG ?= rwkv-lm-tiny
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve train test slow check fmt bench load clean
+.PHONY: help install serve train test slow clients check fmt bench load clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,18 @@ test: .venv/.installed ## every test that is not marked slow or gpu
 slow: .venv/.installed ## the long tests
 	@$(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)
 
+clients: .venv-clients/.installed ## the tests with litellm, instructor and lm-eval, in an environment of their own (2 GB)
+	@.venv-clients/bin/python -m pytest --timeout 1800 -m "not gpu" -W ignore::ResourceWarning \
+		-W ignore::pytest.PytestUnraisableExceptionWarning \
+		tests/end_to_end/test_langchain.py tests/end_to_end/test_litellm.py \
+		tests/end_to_end/test_instructor.py tests/end_to_end/test_lm_eval.py \
+		tests/end_to_end/test_client_docs.py $(ARGS)
+
+.venv-clients/.installed: pyproject.toml .ci/constraints-clients.txt .ci/install
+	@PYTHON="$(PYTHON)" VENV=.venv-clients EXTRAS=dev,conformance PINS=.ci/constraints-clients.txt \
+		bash .ci/install
+	@touch $@
+
 check: .venv/.installed ## ruff, mypy, import rules and file sizes
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -46,4 +58,4 @@ load: .venv/.installed ## locust against a server that is running already
 	@$(BIN)/locust -f benchmarks/locustfile.py --headless -u 8 -r 4 -t 20s --only-summary $(ARGS)
 
 clean: ## remove the environment and caches
-	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	@rm -rf .venv .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
