@@ -50,7 +50,7 @@ async def test_the_replaced_finishes_what_it_runs_and_passes_on_what_waits(tmp_p
         old.gate.set()
         assert (await first).status == 200
         await eventually(lambda: old.is_closed)
-        assert len(server.service.registry.snapshots()["m"]) == 1
+        await eventually(lambda: len(server.service.registry.snapshots()["m"]) == 1)
 
 
 async def test_model_replaced_while_a_prompt_is_encoded(tmp_path: Path, monkeypatch):
