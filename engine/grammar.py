@@ -11,6 +11,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence
 from threading import Lock
+from time import thread_time
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
@@ -21,8 +22,13 @@ MAX_SOURCE_CHARS = 256 * 1024
 MAX_NUM_COMPILED = 256
 MAX_COMPILED_CHARS = 512 * 1024  # of their sources; one takes up to 400 bytes for each
 MAX_GRAMMAR_SIZE = 100_000  # symbols
+MAX_ITEMS_IN_ROW = 20_000  # alternatives at one place
 MAX_LEXER_STATES = 50_000  # some 2 kB each
 MAX_ERROR_CHARS = 500
+# A mask takes 0.2 ms at most in any grammar that means something. A literal of 100,000 characters
+# takes tens of milliseconds for each, in steps that others share.
+MAX_MASK_S = 0.01  # of processor time, on average
+NUM_MEASURED = 16  # so many masks are waited for first
 
 
 class Matcher:
@@ -30,14 +36,24 @@ class Matcher:
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
+        self._num_masks = 0
+        self._spent_s = 0.0
 
     def allowed(self) -> bytes:
         """One bit per token id, the lowest bit of the first byte being id 0: what may come next.
 
-        Id 0 may where the text can end. None may where the limits of the library were met.
+        Id 0 may where the text can end. None may where the limits of the library were met, or
+        where masks take too long.
         """
+        began_s = thread_time()
         mask: bytes = self._matcher.compute_bitmask()  # without the interpreter's lock
-        return bytes(len(mask)) if self._matcher.is_error() else mask
+        self._spent_s += thread_time() - began_s
+        self._num_masks += 1
+        return bytes(len(mask)) if self._matcher.is_error() or self._is_slow else mask
+
+    @property
+    def _is_slow(self) -> bool:
+        return self._num_masks >= NUM_MEASURED and self._spent_s > MAX_MASK_S * self._num_masks
 
     def update(self, tokens: Sequence[int]) -> None:
         """These were drawn. What the grammar does not allow breaks the matcher."""
@@ -58,6 +74,7 @@ class GrammarCompiler:
             TokenizerWrapper(_Vocabulary(tokenizer, vocab_size)), n_vocab=vocab_size
         )
         self._limits = LLParserLimits(
+            max_items_in_row=MAX_ITEMS_IN_ROW,
             max_grammar_size=MAX_GRAMMAR_SIZE,
             max_lexer_states=MAX_LEXER_STATES,
             verbose_errors=False,

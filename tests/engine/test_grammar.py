@@ -278,6 +278,30 @@ def test_matcher_that_was_broken_allows_nothing() -> None:
     assert not any(matcher.allowed())
 
 
+def test_matcher_whose_masks_take_too_long_allows_nothing_in_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matcher = compiler().matcher(regex("a*"))
+    monkeypatch.setattr(grammar_module, "MAX_MASK_S", 0.0)
+    num_allowed = sum(any(matcher.allowed()) for _ in range(50))
+    assert num_allowed == grammar_module.NUM_MEASURED - 1
+
+
+@pytest.mark.parametrize("num_texts", [2000, 10_000])
+def test_thousands_of_texts_to_choose_from_are_followed(num_texts: int) -> None:
+    grammar = choice([f"text {number}" for number in range(num_texts)])
+    assert accepts(grammar, f"text {num_texts - 1}")
+    assert not accepts(grammar, f"text {num_texts}")
+
+
+@given(texts=st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=4))
+def test_a_choice_is_of_texts_to_the_letter(texts: list[str]) -> None:
+    grammar = choice(texts)
+    for text in texts:
+        assert accepts(grammar, text)
+        assert accepts(grammar, f"{text}.") == (f"{text}." in texts)
+
+
 def test_ids_without_text_are_never_allowed() -> None:
     mask = bits(compiler().matcher(regex(r"(.|\n)*")).allowed())
     without = tokenizer().ids_without_text(VOCAB_SIZE)
