@@ -19,10 +19,14 @@ async def stop_in_thread(stop: Callable[[], None], name: str, timeout_s: float) 
     stopped = asyncio.Event()
 
     def run() -> None:
+        nonlocal stop
         try:
             stop()
         except Exception:
             logger.exception("%s failed", name)
+        # What it belongs to, a model maybe, must not be freed later in this thread: the process
+        # may be ending by then, and what is in C++ code at that moment aborts it.
+        del stop
         try:
             loop.call_soon_threadsafe(stopped.set)
         except RuntimeError:
