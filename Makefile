@@ -22,8 +22,8 @@ serve: .venv/.installed ## serve the embedded model on http://127.0.0.1:8080 (AR
 train: .venv/.installed ## train, or go on with a run that was stopped (TRAIN_CFG=rwkv-lm-tiny ARGS="--steps N")
 	@exec $(BIN)/python -m train --train-cfg $(TRAIN_CFG) $(ARGS)
 
-test: .venv/.installed ## every test that is not marked slow or gpu
-	@$(BIN)/python -m pytest $(ARGS)
+test: .venv/.installed ## every test that is not marked slow or gpu, two at a time (ARGS="-n 8" for more)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 slow: .venv/.installed ## the long tests
 	@$(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NO_VALUE = object()  # None is a value that a key can have
-MAX_SHOWN_CHARS = 80
+MAX_SHOWN_CHARS = 200
 
 
 class ConfigError(ValueError):
