@@ -15,7 +15,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from engine.model.rwkv7 import RWKV7, Batch
+from engine.kernels.backend import Batch
+from engine.model.rwkv7 import RWKV7
 from engine.plan import ZERO_SLOT, Row, Scores, SeatStart, StepPlan, StepResult
 from engine.sampler import Draws, Sampler
 from engine.state.storage import StateStorage

@@ -20,8 +20,9 @@ from torch import Tensor
 import config
 from config import ConfigError, load_train
 from engine.errors import EngineError
+from engine.kernels.backend import Batch
 from engine.kernels.reference import cross_entropy_l2wrap
-from engine.model.rwkv7 import RWKV7, Batch
+from engine.model.rwkv7 import RWKV7
 from engine.model.weights import load_model
 from engine.tokenizer import WORLD_VOCAB, Tokenizer
 from train.binidx import END_OF_TEXT, Dataset, DatasetError, open_dataset

@@ -17,9 +17,54 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from engine.kernels.backend import Batch, TimeMixRows, TimeMixWeights
+
 DECAY_SCALE = -math.exp(-0.5)  # log decay = DECAY_SCALE * sigmoid(d), so w lies in (0.545, 1)
 GROUP_NORM_EPS = 64e-5
+LAYER_NORM_EPS = 1e-5
+KEY_NORM_EPS = 1e-12  # a key of zeros stays zero
 CHUNK_LEN = 32
+
+
+def norm_mix(
+    x_TC: Tensor,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    mu_J1C: Tensor,
+    batch: Batch,
+    shift_pool: Tensor,
+) -> Tensor:
+    x_TC = F.layer_norm(x_TC, weight_C.shape, weight_C, bias_C, LAYER_NORM_EPS)
+    previous_TC = shift_tokens(x_TC, batch.lengths, shift_pool[batch.src_slot])
+    _store(shift_pool, batch, last_tokens(x_TC, batch.lengths))
+    return mix(x_TC, previous_TC, mu_J1C)
+
+
+def time_mix(rows: TimeMixRows, weights: TimeMixWeights, batch: Batch, wkv_pool: Tensor) -> Tensor:
+    dtype = torch.promote_types(wkv_pool.dtype, torch.float32)
+    heads = (rows.r.shape[0], *weights.r_k.shape)
+    k, v, rate = rows.k, rows.v, torch.sigmoid(rows.a)
+    if rows.v_first is not None and rows.m is not None:
+        v = v + (rows.v_first - v) * torch.sigmoid(rows.m)
+    kk = F.normalize((k * weights.k_k).view(heads), dim=-1, eps=KEY_NORM_EPS).to(dtype)
+    k = k * (1 + (rate - 1) * weights.k_a)
+    lw = log_decay(rows.d.to(dtype)).view(heads)
+    r_, k_, v_, rate_ = (x.to(dtype).view(heads) for x in (rows.r, k, v, rate))
+    state = wkv_pool[batch.src_slot].to(dtype)
+    y, state = wkv7(r_, lw, k_, v_, -kk, kk * rate_, batch.lengths, state)
+    _store(wkv_pool, batch, state)
+    norm = (weights.norm_weight.to(dtype), weights.norm_bias.to(dtype))
+    y = readout(y, r_, k_, v_, weights.r_k.to(dtype), *norm)
+    return y.to(rows.r.dtype) * rows.g
+
+
+def channel_mix(hidden_TF: Tensor, value_CF: Tensor) -> Tensor:
+    return F.linear(squared_relu(hidden_TF), value_CF)
+
+
+def _store(pool: Tensor, batch: Batch, value: Tensor) -> None:
+    if not torch.is_grad_enabled():
+        pool[batch.dst_slot] = value.to(pool.dtype)
 
 
 def log_decay(d: Tensor) -> Tensor:

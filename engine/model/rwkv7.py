@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config.schema import ModelConfig
-from engine.kernels import reference as kernels
+from engine.kernels import reference
+from engine.kernels.backend import Backend, Batch, TimeMixRows, TimeMixWeights
 from engine.state.layout import PageLayout
 
 
@@ -66,19 +66,6 @@ class State:
     shift: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Which tokens belong to which sequence, and where states come from and go to.
-
-    `lengths` on the host, `src_slot` and `dst_slot` [S] int64 on the device. No two sequences
-    may share a dst, and none may write a slot that another one of the batch reads.
-    """
-
-    lengths: tuple[int, ...]
-    src_slot: Tensor
-    dst_slot: Tensor
-
-
 class TimeMix(nn.Module):
     x_r: nn.Parameter
     x_w: nn.Parameter
@@ -119,53 +106,46 @@ class TimeMix(nn.Module):
         self.key = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(C, C, bias=False)
         self.output = nn.Linear(C, C, bias=False)
-        self.ln_x = nn.GroupNorm(H, C, eps=kernels.GROUP_NORM_EPS)
+        self.ln_x = nn.GroupNorm(H, C, eps=reference.GROUP_NORM_EPS)
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, batch: Batch, state: State
+        self,
+        x: Tensor,
+        norm: nn.LayerNorm,
+        v_first: Tensor | None,
+        batch: Batch,
+        state: State,
+        kernels: Backend,
     ) -> tuple[Tensor, Tensor]:
         """x [T, C] -> (output [T, C], the values of the first layer [T, C])."""
-        previous = _take_shift(x, 0, self.layer, batch, state)
         mu = torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])
-        x_r, x_w, x_k, x_v, x_a, x_g = kernels.mix(x, previous, mu).unbind()
-        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
-        d = self.w0[0] + torch.tanh(x_w @ self.w1) @ self.w2
-        a = torch.sigmoid(self.a0[0] + (x_a @ self.a1) @ self.a2)
-        g = torch.sigmoid(x_g @ self.g1) @ self.g2
-        if v_first is None:
-            v_first = v
-        else:
-            v = v + (v_first - v) * torch.sigmoid(self.v0[0] + (x_v @ self.v1) @ self.v2)
+        shift_pool = state.shift[:, self.layer, 0]
+        mixed = kernels.norm_mix(x, norm.weight, norm.bias, mu, batch, shift_pool)
+        x_r, x_w, x_k, x_v, x_a, x_g = mixed.unbind()
+        v, m = self.value(x_v), None
+        if v_first is not None:
+            m = self.v0[0] + (x_v @ self.v1) @ self.v2
+        rows = TimeMixRows(
+            r=self.receptance(x_r),
+            k=self.key(x_k),
+            v=v,
+            d=self.w0[0] + torch.tanh(x_w @ self.w1) @ self.w2,
+            a=self.a0[0] + (x_a @ self.a1) @ self.a2,
+            g=torch.sigmoid(x_g @ self.g1) @ self.g2,
+            v_first=v_first,
+            m=m,
+        )
+        y = kernels.time_mix(rows, self._recurrence_weights(), batch, state.wkv[:, self.layer])
+        return self.output(y), v if v_first is None else v_first
 
-        heads = (x.shape[0], self.num_heads, self.head_size)
-        kk = F.normalize((k * self.k_k[0]).view(heads), dim=-1, eps=1e-12)
-        k = k * (1 + (a - 1) * self.k_a[0])
-        dtype = state.wkv.dtype
-        r_, lw, k_, v_ = (
-            y.to(dtype).view(heads) for y in (r, kernels.log_decay(d.to(dtype)), k, v)
+    def _recurrence_weights(self) -> TimeMixWeights:
+        return TimeMixWeights(
+            k_k=self.k_k.flatten(),
+            k_a=self.k_a.flatten(),
+            r_k=self.r_k,
+            norm_weight=self.ln_x.weight,
+            norm_bias=self.ln_x.bias,
         )
-        kk = kk.to(dtype)
-        y, new_state = kernels.wkv7(
-            r_,
-            lw,
-            k_,
-            v_,
-            -kk,
-            kk * a.to(dtype).view(heads),
-            batch.lengths,
-            state.wkv[batch.src_slot, self.layer],
-        )
-        _store(state.wkv, batch, self.layer, new_state)
-        y = kernels.readout(
-            y,
-            r_,
-            k_,
-            v_,
-            self.r_k.to(dtype),
-            self.ln_x.weight.to(dtype),
-            self.ln_x.bias.to(dtype),
-        )
-        return self.output(y.to(x.dtype) * g), v_first
 
 
 class ChannelMix(nn.Module):
@@ -176,11 +156,12 @@ class ChannelMix(nn.Module):
         self.key = nn.Linear(dims.embedded_dim, dims.ffn_dim, bias=False)
         self.value = nn.Linear(dims.ffn_dim, dims.embedded_dim, bias=False)
 
-    def forward(self, x: Tensor, batch: Batch, state: State) -> Tensor:
-        previous = _take_shift(x, 1, self.layer, batch, state)
-        hidden = self.key(kernels.mix(x, previous, self.x_k)[0])
-        out: Tensor = self.value(kernels.squared_relu(hidden))
-        return out
+    def forward(
+        self, x: Tensor, norm: nn.LayerNorm, batch: Batch, state: State, kernels: Backend
+    ) -> Tensor:
+        shift_pool = state.shift[:, self.layer, 1]
+        (x_k,) = kernels.norm_mix(x, norm.weight, norm.bias, self.x_k, batch, shift_pool)
+        return kernels.channel_mix(self.key(x_k), self.value.weight)
 
 
 class Block(nn.Module):
@@ -188,25 +169,29 @@ class Block(nn.Module):
         super().__init__()
         if layer == 0:
             self.ln0 = nn.LayerNorm(dims.embedded_dim)
-        self.ln1 = nn.LayerNorm(dims.embedded_dim)
-        self.ln2 = nn.LayerNorm(dims.embedded_dim)
+        self.ln1 = nn.LayerNorm(dims.embedded_dim, eps=reference.LAYER_NORM_EPS)
+        self.ln2 = nn.LayerNorm(dims.embedded_dim, eps=reference.LAYER_NORM_EPS)
         self.att = TimeMix(dims, layer)
         self.ffn = ChannelMix(dims, layer)
 
     def forward(
-        self, x: Tensor, v_first: Tensor | None, batch: Batch, state: State
+        self, x: Tensor, v_first: Tensor | None, batch: Batch, state: State, kernels: Backend
     ) -> tuple[Tensor, Tensor]:
-        mixed, v_first = self.att(self.ln1(x), v_first, batch, state)
+        mixed, v_first = self.att(x, self.ln1, v_first, batch, state, kernels)
         x = x + mixed
-        return x + self.ffn(self.ln2(x), batch, state), v_first
+        return x + self.ffn(x, self.ln2, batch, state, kernels), v_first
 
 
 class RWKV7(nn.Module):
-    """The whole network. Parameters are uninitialised until weights are loaded or drawn."""
+    """The whole network. Parameters are uninitialised until weights are loaded or drawn.
+
+    `kernels` may be set to another backend at any time between two steps.
+    """
 
     def __init__(self, dims: ModelDims) -> None:
         super().__init__()
         self.dims = dims
+        self.kernels: Backend = reference
         self.emb = nn.Embedding(dims.vocab_size, dims.embedded_dim)
         self.blocks = nn.ModuleList(Block(dims, layer) for layer in range(dims.num_cells))
         self.ln_out = nn.LayerNorm(dims.embedded_dim)
@@ -226,9 +211,11 @@ class RWKV7(nn.Module):
         v_first: Tensor | None = None
         for block in self.blocks:
             if grad_checkpoint and torch.is_grad_enabled():
-                x, v_first = checkpoint(block, x, v_first, batch, state, use_reentrant=False)
+                x, v_first = checkpoint(
+                    block, x, v_first, batch, state, self.kernels, use_reentrant=False
+                )
             else:
-                x, v_first = block(x, v_first, batch, state)
+                x, v_first = block(x, v_first, batch, state, self.kernels)
         out: Tensor = self.ln_out(x)
         return out
 
@@ -262,18 +249,3 @@ class RWKV7(nn.Module):
             for tensor in (self.layout.tensors["wkv"], self.layout.tensors["shift"])
         )
         return State(wkv=wkv, shift=shift)
-
-
-def _take_shift(x: Tensor, which: int, layer: int, batch: Batch, state: State) -> Tensor:
-    """The token before each token of x; leaves the last one of each sequence in the state."""
-    last = state.shift[batch.src_slot, layer, which]
-    previous = kernels.shift_tokens(x, batch.lengths, last)
-    if not torch.is_grad_enabled():
-        rows = kernels.last_tokens(x, batch.lengths)
-        state.shift[batch.dst_slot, layer, which] = rows.to(state.shift.dtype)
-    return previous
-
-
-def _store(pool: Tensor, batch: Batch, layer: int, value: Tensor) -> None:
-    if not torch.is_grad_enabled():
-        pool[batch.dst_slot, layer] = value.to(pool.dtype)

@@ -1,0 +1,94 @@
+"""What the model asks of its kernels: the interface that every backend has. Knows no formulas.
+
+A backend is a module with the functions of `Backend`: `reference`, the specification, or
+`triton_backend`. `engine.kernels.choice` picks one.
+
+Legend: T packed tokens, S sequences in the batch, C = H*N channels, H heads, N head size,
+F width of the channel mix, J ways of mixing at once. A pool is one layer of all slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Which tokens belong to which sequence, and where states come from and go to.
+
+    `lengths` on the host, `src_slot` and `dst_slot` [S] int64 on the device. No two sequences
+    may share a dst, and none may write a slot that another one of the batch reads.
+    """
+
+    lengths: tuple[int, ...]
+    src_slot: Tensor
+    dst_slot: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeMixRows:
+    """What the time mix has computed for each token before the recurrence, all [T, C].
+
+    `d`, `a` and `m`, for decay, rate and value residual, are as they were before their sigmoid;
+    `v` is before the residual, and `g` is the gate as it is. The first layer has neither
+    `v_first` nor `m`.
+    """
+
+    r: Tensor
+    k: Tensor
+    v: Tensor
+    d: Tensor
+    a: Tensor
+    g: Tensor
+    v_first: Tensor | None
+    m: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeMixWeights:
+    """The parameters that the recurrence needs: r_k [H, N], the others [C]."""
+
+    k_k: Tensor
+    k_a: Tensor
+    r_k: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+
+class Backend(Protocol):
+    """Everything of a layer that is not a matrix product of its own.
+
+    Pools are written in place, except under autograd: training keeps no state.
+    """
+
+    def norm_mix(
+        self,
+        x_TC: Tensor,
+        weight_C: Tensor,
+        bias_C: Tensor,
+        mu_J1C: Tensor,
+        batch: Batch,
+        shift_pool: Tensor,
+    ) -> Tensor:
+        """LayerNorm, then each token moved towards the one before it, J ways: [J, T, C].
+
+        The pool [slots, C] holds the normalised token before each sequence, and then its last.
+        """
+        ...
+
+    def time_mix(
+        self, rows: TimeMixRows, weights: TimeMixWeights, batch: Batch, wkv_pool: Tensor
+    ) -> Tensor:
+        """The recurrence and all around it, ready for the output matrix: [T, C] as `rows.r`.
+
+        The pool is [slots, H, N, N], row = key. It is computed in the pool's type, and in float32
+        where the pool stores less than that.
+        """
+        ...
+
+    def channel_mix(self, hidden_TF: Tensor, value_CF: Tensor) -> Tensor:
+        """Squared ReLU, then the matrix down: [T, C]."""
+        ...
