@@ -19,6 +19,7 @@ from config import ModelTable, load_infer
 from engine.core import EngineCore
 from engine.errors import InvalidRequest, WeightsError
 from engine.grammar import GrammarCompiler
+from engine.kernels.choice import choose_backend
 from engine.limits import limits_of
 from engine.model.rwkv7 import RWKV7
 from engine.model.weights import dummy_model, fingerprint, load_model
@@ -61,6 +62,7 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
             f"tokenizer_vocab_path: {table.tokenizer_vocab_path} has ids up to "
             f"{tokenizer.vocab_size - 1}, the model only {model.dims.vocab_size} tokens"
         )
+    model.kernels = choose_backend(device, model.dims.head_size)
     layout = model.layout
     num_slots = table.resolved_num_state_slots
     num_frames = table.host_state_mib * MIB // layout.page_bytes

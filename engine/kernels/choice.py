@@ -1,0 +1,35 @@
+"""Which backend computes a model. Loads Triton only where it is wanted and there."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+
+import torch
+
+from engine.kernels import reference
+from engine.kernels.backend import Backend
+
+logger = logging.getLogger(__name__)
+
+
+def choose_backend(device: torch.device, head_size: int) -> Backend:
+    """Triton's on a GPU, else the reference; says in one line of the log which, and why."""
+    reason = _against_triton(device, head_size)
+    if reason is not None:
+        logger.info("kernels: reference (%s)", reason)
+        return reference
+    from engine.kernels import triton_backend
+
+    logger.info("kernels: triton (decode), reference (all else)")
+    return triton_backend
+
+
+def _against_triton(device: torch.device, head_size: int) -> str | None:
+    if device.type != "cuda":
+        return f"device {device.type}"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if head_size & (head_size - 1):
+        return f"head size {head_size} is not a power of two"
+    return None

@@ -1,0 +1,22 @@
+"""The backend for GPUs: Triton kernels where there are some, the reference elsewhere.
+
+Importing it needs triton. It knows which kernel serves which batch, not what they compute.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.kernels import reference
+from engine.kernels.backend import Batch, TimeMixRows, TimeMixWeights
+from engine.kernels.reference import channel_mix, norm_mix
+from engine.kernels.triton_decode import decode
+
+__all__ = ["channel_mix", "norm_mix", "time_mix"]
+
+
+def time_mix(rows: TimeMixRows, weights: TimeMixWeights, batch: Batch, wkv_pool: Tensor) -> Tensor:
+    if max(batch.lengths) > 1 or torch.is_grad_enabled():
+        return reference.time_mix(rows, weights, batch, wkv_pool)
+    return decode(rows, weights, batch.src_slot, batch.dst_slot, wkv_pool)
