@@ -1,0 +1,126 @@
+"""WKV-7 over packed sequences by the Triton kernels in chunks: checks, launches, autograd.
+
+Importing this needs triton; `reference.wkv7` is the same without it. Knows tensors and slots,
+not who holds them.
+
+Legend: T packed tokens of all sequences, S sequences, H heads, N head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from engine.kernels import triton_chunk
+
+CHUNK_LEN = 16  # the shortest tl.dot takes; the solution loses accuracy with every doubling
+NUM_WARPS = 8
+
+# Of matrix products, and of the one that applies the inverse. "tf32" rounds operands to 11 bits,
+# more than the bfloat16 they come from; "ieee" does without tensor cores, and its programs do not
+# fit the registers of sm_90 (856 bytes on the stack at 8 warps, where these use none).
+PRECISION, SOLVE_PRECISION = "tf32", "tf32x3"
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """Where each sequence lies among the packed tokens, for all layers of a forward."""
+
+    num_tokens: int
+    num_chunks: int
+    starts: Tensor  # [S + 1] int64: first token of each sequence, and the end
+    chunk_starts: Tensor  # [S + 1] int64, counted in chunks, of which none spans two sequences
+
+    @staticmethod
+    def of(lengths: tuple[int, ...], device: torch.device) -> PackedRows:
+        starts = list(accumulate(lengths, initial=0))
+        chunk_starts = list(accumulate((-(-n // CHUNK_LEN) for n in lengths), initial=0))
+        return PackedRows(
+            num_tokens=starts[-1],
+            num_chunks=chunk_starts[-1],
+            starts=torch.tensor(starts, dtype=torch.int64, device=device),
+            chunk_starts=torch.tensor(chunk_starts, dtype=torch.int64, device=device),
+        )
+
+    @property
+    def num_sequences(self) -> int:
+        return self.starts.shape[0] - 1
+
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # r, lw, k, v, a, b [T, H, N]
+
+
+def prefill(
+    inputs: Inputs,
+    rows: PackedRows,
+    source: Tensor,
+    src_slot: Tensor,
+    target: Tensor,
+    dst_slot: Tensor,
+    value_block: int | None = None,
+) -> Tensor:
+    """y [T, H, N]; the state of sequence s goes from source[src_slot[s]] to target[dst_slot[s]].
+
+    `source` and `target` [slots, H, N, N] may be one tensor, and a layer of a pool: only the
+    slots may be strided. Slots are int64 [S] on the device; a negative dst_slot marks padding,
+    whose y is left undefined. No sequence may write a slot that another one reads.
+    `value_block` value columns are computed by a program: fewer give more programs, each of
+    which repeats the work within the chunk; all columns where it is None.
+    """
+    return _forward(inputs, rows, source, src_slot, target, dst_slot, None, value_block)
+
+
+def _forward(
+    inputs: Inputs,
+    rows: PackedRows,
+    source: Tensor,
+    src_slot: Tensor,
+    target: Tensor,
+    dst_slot: Tensor,
+    checkpoints: Tensor | None,
+    value_block: int | None = None,
+) -> Tensor:
+    num_heads, size = _checked_shape(inputs, rows)
+    for states, slots in ((source, src_slot), (target, dst_slot)):
+        assert states.shape[1:] == (num_heads, size, size), states.shape
+        assert states.stride()[1:] == (size * size, size, 1), states.stride()
+        assert slots.dtype == torch.int64, slots.dtype
+        assert slots.shape == (rows.num_sequences,), slots.shape
+    value_block = value_block or size
+    y = torch.empty_like(inputs[3])
+    triton_chunk.chunk_forward[(num_heads, size // value_block, rows.num_sequences)](
+        *inputs,
+        y,
+        rows.starts,
+        rows.chunk_starts,
+        source,
+        source.stride(0),
+        src_slot,
+        target,
+        target.stride(0),
+        dst_slot,
+        y if checkpoints is None else checkpoints,
+        num_heads,
+        N=size,
+        V=value_block,
+        C=CHUNK_LEN,
+        HAS_CHECKPOINTS=checkpoints is not None,
+        PRECISION=PRECISION,
+        SOLVE_PRECISION=SOLVE_PRECISION,
+        num_warps=NUM_WARPS,
+    )
+    return y
+
+
+def _checked_shape(tensors: tuple[Tensor, ...], rows: PackedRows) -> tuple[int, int]:
+    """H and N of packed tensors. Head sizes are powers of two from 16 on, as tl.dot has it."""
+    _, num_heads, size = tensors[0].shape
+    assert size >= 16, f"head size {size} is below 16"
+    assert size & (size - 1) == 0, f"head size {size} is no power of two"
+    for x in tensors:
+        assert x.shape == (rows.num_tokens, num_heads, size), x.shape
+        assert x.is_contiguous()
+    return num_heads, size
