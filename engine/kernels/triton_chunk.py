@@ -141,3 +141,128 @@ def chunk_forward(
         token += C
     target = target_pointer + dst * target_stride + by_both
     tl.store(target, state.to(target_pointer.dtype.element_ty))
+
+
+@triton.jit
+def chunk_backward(
+    r_pointer,
+    lw_pointer,
+    k_pointer,
+    v_pointer,
+    a_pointer,
+    b_pointer,
+    d_y_pointer,
+    starts_pointer,
+    chunk_starts_pointer,
+    checkpoints_pointer,
+    last_pointer,
+    d_last_pointer,
+    d_r_pointer,
+    d_lw_pointer,
+    d_k_pointer,
+    d_v_pointer,
+    d_a_pointer,
+    d_b_pointer,
+    d_first_pointer,
+    num_heads,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SOLVE_PRECISION: tl.constexpr,
+):
+    """Program (h, s): all gradients of head h of sequence s, from its last chunk to its first.
+
+    Checkpoints as `chunk_forward` leaves them; last, d_last and d_first [S, H, N, N]: the state
+    after each sequence, its gradient, and the gradient of the state before. Every number has one
+    writer, so the result is the same each time.
+    """
+    head = tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)
+    start = tl.load(starts_pointer + sequence)
+    end = tl.load(starts_pointer + sequence + 1)
+    chunk = tl.load(chunk_starts_pointer + sequence + 1)
+    token = start + (end - start + C - 1) // C * C
+
+    c = tl.arange(0, C)[:, None]
+    n = tl.arange(0, N)
+    reader = tl.arange(0, C)[:, None]
+    writer = tl.arange(0, C)[None, :]
+    tile = c * (num_heads * N) + head * N + n[None, :]
+    by_both = head * (N * N) + n[:, None] * N + n[None, :]
+    whole_state = sequence * (num_heads * N * N) + by_both
+
+    d_state = tl.load(d_last_pointer + whole_state)
+    # What the exponent of the whole chunk's decay gets: the state after the chunk is a multiple
+    # of that decay. Each chunk hands it to the one before, which ends in the state it began with.
+    d_whole = tl.sum(tl.load(last_pointer + whole_state) * d_state, 1)
+    while token > start:
+        token -= C
+        chunk -= 1
+        base = token * (num_heads * N)
+        mask = c < end - token
+        state = tl.load(checkpoints_pointer + chunk * (num_heads * N * N) + by_both)
+        lw = _tile(lw_pointer, base, tile, mask)
+        sums = tl.cumsum(lw, 0)
+        whole = tl.exp(tl.sum(lw, 0))[:, None]
+        read = tl.exp(sums)
+        remove = tl.exp(sums - lw)
+        write = tl.exp(-sums)
+        r = _tile(r_pointer, base, tile, mask) * read
+        a = _tile(a_pointer, base, tile, mask) * remove
+        b = _tile(b_pointer, base, tile, mask) * write
+        k = _tile(k_pointer, base, tile, mask) * write
+        v = _tile(v_pointer, base, tile, mask)
+        d_y = _tile(d_y_pointer, base, tile, mask)
+        ab, ak, rb, rk = _attention(r, a, b, k, C, PRECISION)
+        inverse = _inverse(ab, C)
+        x = tl.dot(a, state, input_precision=PRECISION)
+        x = tl.dot(ak, v, x, input_precision=PRECISION)
+        u = tl.dot(inverse, x, input_precision=SOLVE_PRECISION)
+
+        d_scaled = whole * d_state
+        d_u = tl.dot(b, d_scaled, input_precision=PRECISION)
+        d_u = tl.dot(tl.trans(rb), d_y, d_u, input_precision=PRECISION)
+        d_x = tl.dot(tl.trans(inverse), d_u, input_precision=SOLVE_PRECISION)
+        d_v = tl.dot(k, d_scaled, input_precision=PRECISION)
+        d_v = tl.dot(tl.trans(rk), d_y, d_v, input_precision=PRECISION)
+        d_v = tl.dot(tl.trans(ak), d_x, d_v, input_precision=PRECISION)
+        _put(d_v_pointer, base, tile, d_v, mask)
+
+        u_NC = tl.trans(u)
+        v_NC = tl.trans(v)
+        d_ab = tl.where(reader > writer, tl.dot(d_x, u_NC, input_precision=PRECISION), 0.0)
+        d_ak = tl.where(reader > writer, tl.dot(d_x, v_NC, input_precision=PRECISION), 0.0)
+        d_rb = tl.where(reader >= writer, tl.dot(d_y, u_NC, input_precision=PRECISION), 0.0)
+        d_rk = tl.where(reader >= writer, tl.dot(d_y, v_NC, input_precision=PRECISION), 0.0)
+
+        # An exponent gets factor times gradient; the factors here are those scaled by it.
+        state_VK = tl.trans(state)
+        d_r = tl.dot(d_y, state_VK, input_precision=PRECISION)
+        d_r = tl.dot(d_rb, b, d_r, input_precision=PRECISION)
+        d_r = tl.dot(d_rk, k, d_r, input_precision=PRECISION)
+        _put(d_r_pointer, base, tile, d_r * read, mask)
+        d_sums = d_r * r
+        d_a = tl.dot(d_x, state_VK, input_precision=PRECISION)
+        d_a = tl.dot(d_ab, b, d_a, input_precision=PRECISION)
+        d_a = tl.dot(d_ak, k, d_a, input_precision=PRECISION)
+        _put(d_a_pointer, base, tile, d_a * remove, mask)
+        d_own = d_a * a
+        d_scaled_VK = tl.trans(d_scaled)
+        d_b = tl.dot(u, d_scaled_VK, input_precision=PRECISION)
+        d_b = tl.dot(tl.trans(d_ab), a, d_b, input_precision=PRECISION)
+        d_b = tl.dot(tl.trans(d_rb), r, d_b, input_precision=PRECISION)
+        _put(d_b_pointer, base, tile, d_b * write, mask)
+        d_sums -= d_b * b
+        d_k = tl.dot(v, d_scaled_VK, input_precision=PRECISION)
+        d_k = tl.dot(tl.trans(d_ak), a, d_k, input_precision=PRECISION)
+        d_k = tl.dot(tl.trans(d_rk), r, d_k, input_precision=PRECISION)
+        _put(d_k_pointer, base, tile, d_k * write, mask)
+        d_sums += d_own - d_k * k
+        # The decay of token s is in the sums of s and all after it, but for `remove` not in s.
+        d_lw = tl.cumsum(d_sums, 0, reverse=True) - d_own + d_whole[None, :]
+        _put(d_lw_pointer, base, tile, d_lw, mask)
+
+        d_state = tl.dot(tl.trans(a), d_x, d_scaled, input_precision=PRECISION)
+        d_state = tl.dot(tl.trans(r), d_y, d_state, input_precision=PRECISION)
+        d_whole = tl.sum(state * d_state, 1)
+    tl.store(d_first_pointer + whole_state, d_state)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +72,61 @@ def prefill(
     which repeats the work within the chunk; all columns where it is None.
     """
     return _forward(inputs, rows, source, src_slot, target, dst_slot, None, value_block)
+
+
+def wkv7(inputs: Inputs, rows: PackedRows, first_SHNN: Tensor) -> tuple[Tensor, Tensor]:
+    """y [T, H, N] and the states [S, H, N, N] after each sequence, both differentiable.
+
+    Gradients of the six inputs and of the states before, the same in every run. From forward to
+    backward it keeps a state in float32 for each chunk: 16 bytes for each of the T*H*N channels
+    where N is 64.
+    """
+    y, last = _WKV7.apply(rows, first_SHNN, *inputs)  # type: ignore[no-untyped-call]
+    return y, last
+
+
+class _WKV7(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: PackedRows, first: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        assert first.dtype == torch.float32, first.dtype
+        r, lw, k, v, a, b = inputs
+        order = torch.arange(rows.num_sequences, device=first.device)
+        last = torch.empty(first.shape, device=first.device)
+        checkpoints = torch.empty(rows.num_chunks, *first.shape[1:], device=first.device)
+        y = _forward((r, lw, k, v, a, b), rows, first, order, last, order, checkpoints)
+        ctx.rows = rows
+        ctx.save_for_backward(*inputs, checkpoints, last)
+        return y, last
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows: PackedRows = ctx.rows
+        d_y, d_last = (x.contiguous() for x in grads)
+        *inputs, checkpoints, last = ctx.saved_tensors
+        num_heads, size = _checked_shape((*inputs, d_y), rows)
+        d_inputs = [torch.empty_like(x) for x in inputs]
+        d_first = torch.empty_like(last)
+        triton_chunk.chunk_backward[(num_heads, rows.num_sequences)](
+            *inputs,
+            d_y,
+            rows.starts,
+            rows.chunk_starts,
+            checkpoints,
+            last,
+            d_last,
+            *d_inputs,
+            d_first,
+            num_heads,
+            N=size,
+            C=CHUNK_LEN,
+            PRECISION=PRECISION,
+            SOLVE_PRECISION=SOLVE_PRECISION,
+            num_warps=NUM_WARPS,
+        )
+        return (None, d_first, *d_inputs)
 
 
 def _forward(
