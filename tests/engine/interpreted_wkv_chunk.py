@@ -162,3 +162,17 @@ def test_a_loss_of_y_alone_needs_no_gradient_of_the_last_state() -> None:
     y, _ = wkv_chunk.wkv7(tuple(found[:6]), wkv_chunk.PackedRows.of((18,), CPU), found[6])
     for got, want in zip(torch.autograd.grad(y.square().sum(), found), grads, strict=True):
         assert relative_error(got, want) < GRADIENT_TOLERANCE
+
+
+def test_slots_lie_beyond_2_to_the_31_elements() -> None:
+    """Memory is taken only where it is written: two states of a pool of 4 GiB."""
+    states = wkv_states(1).half()
+    pool = torch.empty(2**31 + 512, dtype=torch.float16).as_strided(
+        (3, 2, 16, 16), (2**30, 256, 16, 1)
+    )
+    pool[0] = states[0]
+    inputs = wkv_inputs(17, TYPICAL)
+    _, last = wanted(inputs, (17,), states.double())
+    rows = wkv_chunk.PackedRows.of((17,), CPU)
+    wkv_chunk.prefill(single(inputs), rows, pool, slots(0), pool, slots(2))
+    assert relative_error(pool[2], last[0]) < 5e-4
