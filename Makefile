@@ -5,7 +5,7 @@ ARGS ?=
 TRAIN_CFG ?= rwkv-lm-tiny
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve train test slow clients check fmt bench load clean
+.PHONY: help install serve train test slow kernels clients check fmt bench load clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,9 @@ test: .venv/.installed ## every test that is not marked slow or gpu, two at a ti
 
 slow: .venv/.installed ## the long tests
 	@$(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)
+
+kernels: .venv/.installed ## compile every GPU kernel for five NVIDIA and two AMD GPUs, none needed, and judge the code
+	@$(BIN)/python -m tests.engine.kernels.machine_code $(ARGS)
 
 clients: .venv-clients/.installed ## the tests with litellm, instructor and lm-eval, in an environment of their own (2 GB)
 	@.venv-clients/bin/python -m pytest --timeout 1800 -m "not gpu" -W ignore::ResourceWarning \

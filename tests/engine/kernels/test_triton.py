@@ -14,14 +14,18 @@ from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+PROJECT = HERE.parents[2]
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
-def run_file(file: str, environment: dict[str, str]) -> None:
+INTERPRETED = sorted(path.name for path in HERE.glob("interpreted_*.py"))
+
+
+def run(arguments: list[str], environment: dict[str, str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/engine/{file}"],
+        [sys.executable, "-m", *arguments],
         cwd=PROJECT,
         env=environment,
         capture_output=True,
@@ -32,12 +36,14 @@ def run_file(file: str, environment: dict[str, str]) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("file", ["interpreted_decode.py"])
+@pytest.mark.parametrize("file", INTERPRETED)
 def test_kernels_pass_their_tests_under_the_interpreter(file: str) -> None:
-    run_file(file, {**os.environ, "TRITON_INTERPRET": "1"})
+    command = ["pytest", "-q", "-p", "no:cacheprovider", "--durations=5"]
+    run([*command, str(HERE.relative_to(PROJECT) / file)], {**os.environ, "TRITON_INTERPRET": "1"})
 
 
-@pytest.mark.parametrize("file", ["compiled_decode.py"])
-def test_kernels_compile_for_every_gpu_within_their_limits(file: str) -> None:
+def test_kernels_keep_to_their_limits(tmp_path: Path) -> None:
+    """On one GPU; `make kernels`, which CI runs beside the tests, is for all."""
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run_file(file, plain)
+    command = ["tests.engine.kernels.machine_code", "--archs", "90", "--no-amd", "--jobs", "1"]
+    run(command, {**plain, "TRITON_CACHE_DIR": str(tmp_path)})

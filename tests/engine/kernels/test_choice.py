@@ -58,5 +58,5 @@ def test_engine_on_a_cpu_does_not_load_triton() -> None:
         "choose_backend(torch.device('cpu'), 64)\n"
         "assert 'engine.kernels.triton_backend' not in sys.modules\n"
     )
-    project = Path(__file__).parents[2]
+    project = Path(__file__).parents[3]
     subprocess.run([sys.executable, "-c", program], cwd=project, timeout=60, check=True)

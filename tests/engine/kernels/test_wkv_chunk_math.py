@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine import wkv_chunk_math
-from tests.engine.wkv_cases import (
+from tests.engine.kernels import wkv_chunk_math
+from tests.engine.kernels.wkv_cases import (
     KINDS,
     REPEATED,
     apply,
@@ -16,7 +16,7 @@ from tests.engine.wkv_cases import (
     wkv_inputs,
     wkv_states,
 )
-from tests.engine.wkv_chunk_math import Inputs
+from tests.engine.kernels.wkv_chunk_math import Inputs
 
 NAMES = ("r", "lw", "k", "v", "a", "b")
 LENGTHS = [1, 2, 15, 16, 17, 40]

@@ -1,4 +1,4 @@
-"""The chunk kernels under the Triton interpreter; run by test_wkv_chunk.py in its own process.
+"""The chunk kernels under the Triton interpreter; run by test_triton.py in its own process.
 
 All in float32 on few tokens, against the recurrence in float64. The interpreter shows what is
 computed, and nothing of races, registers or the speed of a GPU.
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import wkv_chunk
-from tests.engine.wkv_cases import (
+from tests.engine.kernels.wkv_cases import (
     KINDS,
     TYPICAL,
     apply,
