@@ -1,7 +1,7 @@
 """What the model asks of its kernels: the interface that every backend has. Knows no formulas.
 
 A backend is a module with the functions of `Backend`: `reference`, the specification, or
-`triton_backend`. `engine.kernels.choice` picks one.
+`gpu.backend`. `engine.kernels.choice` picks one.
 
 Legend: T packed tokens, S sequences in the batch, C = H*N channels, H heads, N head size,
 F width of the channel mix, J ways of mixing at once. A pool is one layer of all slots.

@@ -19,10 +19,10 @@ def choose_backend(device: torch.device, head_size: int) -> Backend:
     if reason is not None:
         logger.info("kernels: reference (%s)", reason)
         return reference
-    from engine.kernels import triton_backend
+    from engine.kernels.gpu import backend
 
     logger.info("kernels: triton (decode), reference (all else)")
-    return triton_backend
+    return backend
 
 
 def _against_triton(device: torch.device, head_size: int) -> str | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from engine.kernels.gpu.decode import choose_num_warps, decode_kernel
 from engine.kernels.reference import DECAY_SCALE, GROUP_NORM_EPS, KEY_NORM_EPS
-from engine.kernels.triton_decode import choose_num_warps, decode_kernel
 from tests.engine.kernels.machine_code import Case, Limits
 
 

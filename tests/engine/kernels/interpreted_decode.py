@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
-from engine.kernels import reference, triton_backend
+from engine.kernels import reference
 from engine.kernels.backend import Batch, TimeMixRows, TimeMixWeights
-from engine.kernels.triton_decode import decode
+from engine.kernels.gpu import backend as gpu
+from engine.kernels.gpu.decode import decode
 from engine.model.weights import dummy_model
 
 Bundle = TypeVar("Bundle", TimeMixRows, TimeMixWeights)
@@ -73,9 +74,7 @@ def both(
     real = [i for i, slot in enumerate(dst) if slot >= 0]
     batch = Batch((1,) * len(dst), torch.tensor(src), torch.tensor(dst))
     got_pool = pool.to(dtype, copy=True)
-    got = triton_backend.time_mix(
-        cast(rows, dtype), cast(weights, dtype), batch, got_pool[:, LAYER]
-    )
+    got = gpu.time_mix(cast(rows, dtype), cast(weights, dtype), batch, got_pool[:, LAYER])
     batch = Batch((1,) * len(real), batch.src_slot[real], batch.dst_slot[real])
     picked = {f.name: getattr(rows, f.name) for f in fields(rows)}
     rows = replace(rows, **{k: x if x is None else x[real] for k, x in picked.items()})
@@ -172,7 +171,7 @@ def test_float16_pool_rounds_only_what_it_stores(size: int) -> None:
     with torch.no_grad():
         expected = reference.time_mix(rows, weights, batch, expected_pool[:, LAYER])
         rows, weights = cast(rows, torch.float32), cast(weights, torch.float32)
-        y = triton_backend.time_mix(rows, weights, batch, pool[:, LAYER])
+        y = gpu.time_mix(rows, weights, batch, pool[:, LAYER])
     assert error(y, expected) < TOLERANCE[torch.float32]
     # Half of the last of 11 bits, and what the rounding of float32 may push over a border.
     assert torch.allclose(pool.double(), expected_pool, rtol=2.0**-11 + 1e-5, atol=1e-7)
@@ -217,7 +216,7 @@ def test_model_computes_the_same_with_either_backend() -> None:
     tokens = torch.randint(0, 50, (14,), generator=torch.manual_seed(1))
     slots = torch.tensor([4, 1, 2])
     results = []
-    for model.kernels in (reference, triton_backend):
+    for model.kernels in (reference, gpu):
         state = model.new_state(5, "cpu")
         hidden = [model(tokens[:8], Batch((1, 5, 2), torch.zeros_like(slots), slots), state)]
         hidden += [

@@ -47,7 +47,7 @@ def test_odd_head_size_takes_the_reference(
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 def test_gpu_with_triton_takes_its_kernels(caplog: pytest.LogCaptureFixture) -> None:
     backend, messages = chosen(GPU, 64, caplog)
-    assert getattr(backend, "__name__", None) == "engine.kernels.triton_backend"
+    assert getattr(backend, "__name__", None) == "engine.kernels.gpu.backend"
     assert messages == ["kernels: triton (decode), reference (all else)"]
 
 
@@ -56,7 +56,7 @@ def test_engine_on_a_cpu_does_not_load_triton() -> None:
         "import sys, torch, engine.engine\n"
         "from engine.kernels.choice import choose_backend\n"
         "choose_backend(torch.device('cpu'), 64)\n"
-        "assert 'engine.kernels.triton_backend' not in sys.modules\n"
+        "assert 'engine.kernels.gpu.backend' not in sys.modules\n"
     )
     project = Path(__file__).parents[3]
     subprocess.run([sys.executable, "-c", program], cwd=project, timeout=60, check=True)

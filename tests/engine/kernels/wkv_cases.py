@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.kernels import reference
-from tests.engine.kernels.wkv_chunk_math import Inputs
+from tests.engine.kernels.chunk_math import Inputs
 
 TYPICAL, REPEATED, EXTREME = "typical", "one token repeated", "extreme decay"
 KINDS = (TYPICAL, REPEATED, EXTREME)

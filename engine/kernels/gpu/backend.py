@@ -10,8 +10,8 @@ from torch import Tensor
 
 from engine.kernels import reference
 from engine.kernels.backend import Batch, TimeMixRows, TimeMixWeights
+from engine.kernels.gpu.decode import decode
 from engine.kernels.reference import channel_mix, norm_mix
-from engine.kernels.triton_decode import decode
 
 __all__ = ["channel_mix", "norm_mix", "time_mix"]
 

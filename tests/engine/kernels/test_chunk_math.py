@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.kernels import wkv_chunk_math
+from tests.engine.kernels import chunk_math
+from tests.engine.kernels.chunk_math import Inputs
 from tests.engine.kernels.wkv_cases import (
     KINDS,
     REPEATED,
@@ -16,7 +17,6 @@ from tests.engine.kernels.wkv_cases import (
     wkv_inputs,
     wkv_states,
 )
-from tests.engine.kernels.wkv_chunk_math import Inputs
 
 NAMES = ("r", "lw", "k", "v", "a", "b")
 LENGTHS = [1, 2, 15, 16, 17, 40]
@@ -30,8 +30,8 @@ def gradients_in_chunks(
     inputs: Inputs, state: Tensor, d_y: Tensor, d_last: Tensor
 ) -> tuple[Inputs, Tensor]:
     by_head = apply(heads_first, inputs)
-    _, last, checkpoints = wkv_chunk_math.forward(by_head, state)
-    grads, d_state = wkv_chunk_math.backward(by_head, checkpoints, last, heads_first(d_y), d_last)
+    _, last, checkpoints = chunk_math.forward(by_head, state)
+    grads, d_state = chunk_math.backward(by_head, checkpoints, last, heads_first(d_y), d_last)
     return apply(heads_first, grads), d_state
 
 
@@ -40,7 +40,7 @@ def gradients_in_chunks(
 def test_chunks_equal_the_recurrence(kind: str, num_tokens: int) -> None:
     inputs, state = wkv_inputs(num_tokens, kind), wkv_states(1)[0]
     wanted_y, wanted_last = token_by_token(inputs, state)
-    y, last, checkpoints = wkv_chunk_math.forward(apply(heads_first, inputs), state)
+    y, last, checkpoints = chunk_math.forward(apply(heads_first, inputs), state)
     # Float64; writers of a chunk are scaled by up to e^9.7, which costs up to 4 digits of 16.
     assert relative_error(heads_first(y), wanted_y) < 1e-11
     assert relative_error(last, wanted_last) < 1e-11
@@ -70,7 +70,7 @@ def test_gradients_equal_finite_differences() -> None:
 
     def loss(values: list[Tensor]) -> float:
         r, lw, k, v, a, b = (heads_first(x) for x in values[:6])
-        y, last, _ = wkv_chunk_math.forward((r, lw, k, v, a, b), values[6])
+        y, last, _ = chunk_math.forward((r, lw, k, v, a, b), values[6])
         return float((heads_first(y) * d_y).sum() + (last * d_last).sum())
 
     grads, d_state = gradients_in_chunks(inputs, state, d_y, d_last)
@@ -87,7 +87,7 @@ def test_gradients_equal_finite_differences() -> None:
 def test_one_token_repeated_survives_float32_by_substitution_but_not_by_doubling() -> None:
     """Why the kernels substitute: the test of repeated tokens can tell the two apart."""
     r, lw, k, v, a, b = apply(heads_first, wkv_inputs(16, REPEATED))
-    chunk = wkv_chunk_math.Chunk.of((r, lw, k, v, a, b), wkv_states(1)[0])
+    chunk = chunk_math.Chunk.of((r, lw, k, v, a, b), wkv_states(1)[0])
     eye = torch.eye(16, dtype=torch.float64).expand_as(chunk.ab_CC)
     wanted = torch.linalg.solve_triangular(eye - chunk.ab_CC, eye, upper=False, unitriangular=True)
     power, single = chunk.ab_CC.float(), eye.float()
@@ -95,6 +95,6 @@ def test_one_token_repeated_survives_float32_by_substitution_but_not_by_doubling
     for _ in range(3):
         power = power @ power
         doubled = doubled @ (single + power)
-    substituted = wkv_chunk_math.substitute(chunk.ab_CC.float(), single)
+    substituted = chunk_math.substitute(chunk.ab_CC.float(), single)
     assert relative_error(substituted, wanted) < 1e-5
     assert relative_error(doubled, wanted) > 10 * relative_error(substituted, wanted)

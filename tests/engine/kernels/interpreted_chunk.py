@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels import wkv_chunk
+from engine.kernels.gpu import wkv
 from tests.engine.kernels.wkv_cases import (
     KINDS,
     TYPICAL,
@@ -60,8 +60,8 @@ def test_ragged_rows_go_from_slot_to_slot(kind: str, size: int) -> None:
 
     got = pool.float()
     before, layer = got.clone(), got[:, 1]
-    rows = wkv_chunk.PackedRows.of(LENGTHS, CPU)
-    got_y = wkv_chunk.prefill(single(inputs), rows, layer, src, layer, dst)
+    rows = wkv.PackedRows.of(LENGTHS, CPU)
+    got_y = wkv.prefill(single(inputs), rows, layer, src, layer, dst)
     assert relative_error(got_y, y) < TOLERANCE
     assert relative_error(got[dst, 1], last) < TOLERANCE
     got[dst, 1] = before[dst, 1]
@@ -70,11 +70,11 @@ def test_ragged_rows_go_from_slot_to_slot(kind: str, size: int) -> None:
 
 def test_a_split_of_the_values_changes_nothing() -> None:
     inputs, states = single(wkv_inputs(20, TYPICAL, size=64)), wkv_states(1, size=64).float()
-    rows = wkv_chunk.PackedRows.of((20,), CPU)
+    rows = wkv.PackedRows.of((20,), CPU)
     results = []
     for value_block in (None, 16, 32):
         last = torch.empty_like(states)
-        y = wkv_chunk.prefill(inputs, rows, states, slots(0), last, slots(0), value_block)
+        y = wkv.prefill(inputs, rows, states, slots(0), last, slots(0), value_block)
         results.append((y, last))
     for y, last in results[1:]:
         assert torch.equal(y, results[0][0])
@@ -87,8 +87,8 @@ def test_padding_rows_and_empty_ones_compute_nothing() -> None:
     inputs = single(wkv_inputs(5, TYPICAL))
     y, last = wanted(wkv_inputs(5, TYPICAL), (5,), wkv_states(3)[:1])
     target = torch.full_like(states, torch.nan)
-    rows = wkv_chunk.PackedRows.of((5, 0, 0), CPU)
-    got_y = wkv_chunk.prefill(inputs, rows, states, slots(0, -1, 2), target, slots(1, -1, 2))
+    rows = wkv.PackedRows.of((5, 0, 0), CPU)
+    got_y = wkv.prefill(inputs, rows, states, slots(0, -1, 2), target, slots(1, -1, 2))
     assert relative_error(got_y, y) < TOLERANCE
     assert relative_error(target[1], last[0]) < TOLERANCE
     assert torch.equal(target[2], states[2])
@@ -100,9 +100,9 @@ def test_a_text_in_pieces_equals_the_whole() -> None:
     ys = []
     for start, end in ((0, 3), (3, 20), (20, 40)):
         piece = apply(lambda x, start=start, end=end: x[start:end].float().contiguous(), inputs)
-        rows = wkv_chunk.PackedRows.of((end - start,), CPU)
+        rows = wkv.PackedRows.of((end - start,), CPU)
         src = slots(0 if start == 0 else 1)
-        ys.append(wkv_chunk.prefill(piece, rows, states, src, states, slots(1)))
+        ys.append(wkv.prefill(piece, rows, states, src, states, slots(1)))
     y, last = wanted(inputs, (40,), wkv_states(2)[:1])
     assert relative_error(torch.cat(ys), y) < TOLERANCE
     assert relative_error(states[1], last[0]) < TOLERANCE
@@ -112,8 +112,8 @@ def test_states_may_be_stored_in_float16() -> None:
     states = wkv_states(2).half()
     inputs = wkv_inputs(17, TYPICAL)
     y, last = wanted(inputs, (17,), states[:1].double())
-    rows = wkv_chunk.PackedRows.of((17,), CPU)
-    got_y = wkv_chunk.prefill(single(inputs), rows, states, slots(0), states, slots(1))
+    rows = wkv.PackedRows.of((17,), CPU)
+    got_y = wkv.prefill(single(inputs), rows, states, slots(0), states, slots(1))
     assert relative_error(got_y, y) < TOLERANCE  # only the storage is rounded
     assert relative_error(states[1], last[0]) < 5e-4  # half of float16's 2^-10
 
@@ -129,8 +129,8 @@ def test_gradients_equal_those_of_the_recurrence(kind: str, size: int) -> None:
     found = [x.float().contiguous().requires_grad_() for x in (*inputs, first)]
 
     grads = torch.autograd.grad(wanted(exact[:6], LENGTHS, exact[6]), exact, (d_y, d_last))
-    rows = wkv_chunk.PackedRows.of(LENGTHS, CPU)
-    outputs = wkv_chunk.wkv7(tuple(found[:6]), rows, found[6])
+    rows = wkv.PackedRows.of(LENGTHS, CPU)
+    outputs = wkv.wkv7(tuple(found[:6]), rows, found[6])
     got = torch.autograd.grad(outputs, found, (d_y.float(), d_last.float()))
     names = ("r", "lw", "k", "v", "a", "b", "state")
     errors = {name: relative_error(x, y) for name, x, y in zip(names, got, grads, strict=True)}
@@ -142,9 +142,7 @@ def test_gradients_are_the_same_twice_and_do_not_depend_on_the_other_rows() -> N
 
     def gradients(lengths, inputs, first):  # type: ignore[no-untyped-def]
         leaves = [x.clone().requires_grad_() for x in (*inputs, first)]
-        y, last = wkv_chunk.wkv7(
-            tuple(leaves[:6]), wkv_chunk.PackedRows.of(lengths, CPU), leaves[6]
-        )
+        y, last = wkv.wkv7(tuple(leaves[:6]), wkv.PackedRows.of(lengths, CPU), leaves[6])
         return torch.autograd.grad(y.square().sum() + last.square().sum(), leaves)
 
     both, again = (gradients((23, 17), inputs, first) for _ in range(2))
@@ -159,7 +157,7 @@ def test_a_loss_of_y_alone_needs_no_gradient_of_the_last_state() -> None:
     exact = [x.clone().requires_grad_() for x in (*inputs, first)]
     found = [x.float().contiguous().requires_grad_() for x in (*inputs, first)]
     grads = torch.autograd.grad(wanted(exact[:6], (18,), exact[6])[0].square().sum(), exact)
-    y, _ = wkv_chunk.wkv7(tuple(found[:6]), wkv_chunk.PackedRows.of((18,), CPU), found[6])
+    y, _ = wkv.wkv7(tuple(found[:6]), wkv.PackedRows.of((18,), CPU), found[6])
     for got, want in zip(torch.autograd.grad(y.square().sum(), found), grads, strict=True):
         assert relative_error(got, want) < GRADIENT_TOLERANCE
 
@@ -173,6 +171,6 @@ def test_slots_lie_beyond_2_to_the_31_elements() -> None:
     pool[0] = states[0]
     inputs = wkv_inputs(17, TYPICAL)
     _, last = wanted(inputs, (17,), states.double())
-    rows = wkv_chunk.PackedRows.of((17,), CPU)
-    wkv_chunk.prefill(single(inputs), rows, pool, slots(0), pool, slots(2))
+    rows = wkv.PackedRows.of((17,), CPU)
+    wkv.prefill(single(inputs), rows, pool, slots(0), pool, slots(2))
     assert relative_error(pool[2], last[0]) < 5e-4

@@ -2,7 +2,7 @@
 
 One program walks one sequence of one head, chunk by chunk, with the state in registers. The
 algorithm is that of `reference.wkv7_chunked` ("RWKV-7 Goose", arXiv 2503.14456, in chunks as in
-arXiv 2406.06484), derived and tested in plain torch in tests/engine/kernels/wkv_chunk_math.py.
+arXiv 2406.06484), derived and tested in plain torch in tests/engine/kernels/chunk_math.py.
 
 All arithmetic is float32 whatever the inputs are stored in. PRECISION is that of matrix products
 (`input_precision` of tl.dot); the inverse is made in float32 by forward substitution, and is

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kernels import triton_chunk
+from engine.kernels.gpu import chunk
 
 CHUNK_LEN = 16  # the shortest tl.dot takes; the solution loses accuracy with every doubling
 NUM_WARPS = 8
@@ -109,7 +109,7 @@ class _WKV7(torch.autograd.Function):
         num_heads, size = _checked_shape((*inputs, d_y), rows)
         d_inputs = [torch.empty_like(x) for x in inputs]
         d_first = torch.empty_like(last)
-        triton_chunk.chunk_backward[(num_heads, rows.num_sequences)](
+        chunk.chunk_backward[(num_heads, rows.num_sequences)](
             *inputs,
             d_y,
             rows.starts,
@@ -147,7 +147,7 @@ def _forward(
         assert slots.shape == (rows.num_sequences,), slots.shape
     value_block = value_block or size
     y = torch.empty_like(inputs[3])
-    triton_chunk.chunk_forward[(num_heads, size // value_block, rows.num_sequences)](
+    chunk.chunk_forward[(num_heads, size // value_block, rows.num_sequences)](
         *inputs,
         y,
         rows.starts,
