@@ -36,6 +36,7 @@ def test_printed_curl_line_works_when_pasted(server: ServerProcess):
     assert done.stdout.endswith("data: [DONE]\n\n")
 
 
+@pytest.mark.slow  # test_faults_reload.py storms harder
 def test_reloads_under_load_fail_no_request(tmp_path: Path):
     with serving(tmp_path) as server:
         config_file = tmp_path / "config" / "infer" / "test.toml"
