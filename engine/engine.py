@@ -25,7 +25,7 @@ from engine.model.rwkv7 import RWKV7
 from engine.model.weights import dummy_model, fingerprint, load_model
 from engine.plan import ZERO_SLOT, Row, SeatStart, SlotRef, StepPlan
 from engine.runner import ModelRunner
-from engine.sampler import Sampler
+from engine.sampler import Sampler, choose_device_sampler
 from engine.state.disk import PageDisk, folder_of
 from engine.state.frames import HostFrames
 from engine.state.layout import PageLayout
@@ -69,12 +69,15 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
     frames = HostFrames(layout, num_frames, is_pinned=device.type == "cuda")
     storage = StateStorage(layout, num_slots, device, frames)
     grammars = GrammarCompiler(tokenizer, model.dims.vocab_size)
+    num_seats = table.max_batch_size
+    banned_ids = tokenizer.ids_without_text(model.dims.vocab_size)
     sampler = Sampler(
-        num_seats=table.max_batch_size,
-        banned_ids=tokenizer.ids_without_text(model.dims.vocab_size),
+        num_seats=num_seats,
+        banned_ids=banned_ids,
         device=device,
         tokenizer=tokenizer,
         grammars=grammars,
+        on_device=choose_device_sampler(num_seats, model.dims.vocab_size, device, banned_ids),
     )
     num_threads = table.num_threads or max(1, (os.cpu_count() or 1) - 1)
     runner = ModelRunner(model, storage, sampler, table.max_batch_size, num_threads)

@@ -11,10 +11,11 @@ Legend: R rows, A those of them that ask for log probabilities, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +23,18 @@ from torch import Tensor
 
 from engine.constraints import Constraints
 from engine.grammar import GrammarCompiler, Matcher
+from engine.kernels.choice import reason_against_triton
 from engine.kernels.philox import uniform
 from engine.logprobs import score
 from engine.masks import Masks
 from engine.plan import BAD_TOKEN, NO_TOKEN, Scores
 from engine.tokenizer import Tokenizer
 from engine.types import SamplingParams, TopLogprobs
+
+if TYPE_CHECKING:  # it needs triton
+    from engine.device_sampler import DeviceSampler
+
+logger = logging.getLogger(__name__)
 
 CANDIDATES = 512  # as many as nearly every nucleus needs; sorting the rest is rarely worth it
 
@@ -99,6 +106,7 @@ class _Seat:
     penalties: Penalties | None
     constraints: Constraints | None
     matcher: Matcher | None
+    is_on_device: bool  # but for the matcher: penalties and constraints are kept there
 
     @property
     def is_bound(self) -> bool:
@@ -125,9 +133,12 @@ class Sampler:
         device: torch.device,
         tokenizer: Tokenizer | None = None,
         grammars: GrammarCompiler | None = None,
+        on_device: DeviceSampler | None = None,
     ) -> None:
         """`banned_ids` have no text and are never drawn, whatever a request says; `tokenizer` is
-        needed for `bad_words`, `grammars` for requests that name one."""
+        needed for `bad_words`, `grammars` for requests that name one. `on_device` draws for the
+        seats that it can; it has the same seats and banned ids."""
+        self._on_device = on_device
         self._grammars = grammars
         self._masks = Masks(device)
         self._device = device
@@ -140,18 +151,54 @@ class Sampler:
 
         `output_ids` are the tokens it has drawn before, in another seat or process.
         """
+        is_on_device = self._on_device is not None and self._on_device.can_draw(params)
+        is_here = not is_on_device
         taken = self._seats[seat] = _Seat(
             params=params,
-            penalties=Penalties(params) if params.has_penalties else None,
-            constraints=Constraints.of(params, self._tokenizer, self._device),
+            penalties=Penalties(params) if params.has_penalties and is_here else None,
+            constraints=Constraints.of(params, self._tokenizer, self._device) if is_here else None,
             matcher=self._matcher(params.grammar),
+            is_on_device=is_on_device,
         )
         taken.update(output_ids)
+        if self._on_device is not None and is_on_device:
+            self._on_device.start(seat, params, output_ids)
 
     def sample(self, logits_RV: Tensor, seats: Sequence[int], positions: Sequence[int]) -> Draws:
         """One token per row; BAD_TOKEN where logits are not finite, NO_TOKEN where everything is
         forbidden. Overwrites the logits."""
         rows = [self._seat(seat) for seat in seats]
+        if self._on_device is None or not any(row.is_on_device for row in rows):
+            return self._sample_here(logits_RV, rows, positions)
+        drawn = self._draw_on_device(self._on_device, logits_RV, rows, seats, positions)
+        here = [i for i, row in enumerate(rows) if not row.is_on_device]
+        draws = Draws(())
+        if here:  # while the device draws the others
+            draws = self._sample_here(
+                logits_RV[here], [rows[i] for i in here], [positions[i] for i in here]
+            )
+        return _merged(rows, drawn, draws, here)
+
+    def _draw_on_device(
+        self,
+        sampler: DeviceSampler,
+        logits_RV: Tensor,
+        rows: Sequence[_Seat],
+        seats: Sequence[int],
+        positions: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens and log probabilities of the rows it can draw, not waited for."""
+        own = [s if row.is_on_device else -1 for s, row in zip(seats, rows, strict=True)]
+        allowed = [
+            row.matcher.allowed() if row.matcher is not None and row.is_on_device else None
+            for row in rows
+        ]
+        masks = sampler.masks(allowed) if any(mask is not None for mask in allowed) else None
+        return sampler.draw(logits_RV, self._ids(own), self._ids(positions), masks)
+
+    def _sample_here(
+        self, logits_RV: Tensor, rows: Sequence[_Seat], positions: Sequence[int]
+    ) -> Draws:
         asking = [i for i, row in enumerate(rows) if row.params.has_logprobs]
         raw_AV = logits_RV[asking] if asking else None
         tokens = self._pick(logits_RV, rows, positions)
@@ -214,6 +261,41 @@ class Sampler:
 
     def _ids(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor(ids, dtype=torch.int64, device=self._device)
+
+
+def choose_device_sampler(
+    num_seats: int, vocab_size: int, device: torch.device, banned_ids: Sequence[int]
+) -> DeviceSampler | None:
+    """One on a GPU with Triton; says in one line of the log where tokens are drawn, and why."""
+    reason = reason_against_triton(device)
+    if reason is not None:
+        logger.info("sampler: host (%s)", reason)
+        return None
+    from engine.device_sampler import DeviceSampler
+
+    logger.info("sampler: triton (host for bad_words and top_logprobs)")
+    return DeviceSampler(num_seats, vocab_size, device, banned_ids)
+
+
+def _merged(
+    rows: Sequence[_Seat], drawn: tuple[Tensor, Tensor], other: Draws, places: Sequence[int]
+) -> Draws:
+    """What the device has drawn, and at their places the draws of the rows that it cannot."""
+    tokens, logprobs = drawn[0].tolist(), drawn[1].tolist()
+    tops = list[TopLogprobs]([()] * len(rows))
+    for row, token in zip(rows, tokens, strict=True):
+        if row.is_on_device and token >= 0:
+            row.update((token,))
+    for i, row in enumerate(rows):
+        if not row.params.has_logprobs:
+            logprobs[i] = math.nan
+    for place, i in enumerate(places):
+        tokens[i] = other.tokens[place]
+        logprobs[i] = other.logprobs[place] if other.logprobs else math.nan
+        tops[i] = other.tops[place] if other.tops else ()
+    if not any(row.params.has_logprobs for row in rows):
+        return Draws(tuple(tokens))
+    return Draws(tuple(tokens), tuple(logprobs), tuple(tops) if other.tops else ())
 
 
 def draw(

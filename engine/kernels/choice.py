@@ -25,11 +25,17 @@ def choose_backend(device: torch.device, head_size: int) -> Backend:
     return backend
 
 
-def _against_triton(device: torch.device, head_size: int) -> str | None:
+def reason_against_triton(device: torch.device) -> str | None:
+    """Why no kernel of Triton's can run there; None where they can."""
     if device.type != "cuda":
         return f"device {device.type}"
-    if find_spec("triton") is None:
-        return "triton is not installed"
+    return "triton is not installed" if find_spec("triton") is None else None
+
+
+def _against_triton(device: torch.device, head_size: int) -> str | None:
+    reason = reason_against_triton(device)
+    if reason is not None:
+        return reason
     if head_size & (head_size - 1):
         return f"head size {head_size} is not a power of two"
     return None
