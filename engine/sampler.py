@@ -6,6 +6,8 @@ tokens at the threshold scaled so that the kept mass is exactly what was asked f
 not: biases and forbidden tokens (engine/constraints.py) come with the penalties, `min_p` before
 the threshold. It knows seats and logits, not sequences or slots.
 
+Where there is a `DeviceSampler`, it draws for the seats it can; the code here is the specification.
+
 Legend: R rows, A those of them that ask for log probabilities, V vocabulary.
 """
 

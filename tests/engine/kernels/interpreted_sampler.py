@@ -75,8 +75,8 @@ def test_draws_are_those_of_float64(vocab_size: int, levels: int) -> None:
         assert abs(logprobs[row] - expected[row, token]) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_whole_vocabulary_of_each_type(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_whole_vocabulary_of_half_types(dtype: torch.dtype) -> None:
     logits = (torch.randn(1, 65536, generator=torch.manual_seed(3)) * 3).to(dtype)
     params = SamplingParams(seed=8, top_p=0.6, top_k=4000)
     (token,), (logprob,) = drawn([params], logits, [17])

@@ -30,13 +30,13 @@ TOKENIZER = Tokenizer({1 + place: bytes([(97 + place) % 256]) for place in range
 PENALISED = SamplingParams(presence_penalty=0.4, repetition_penalty=0.15, penalty_decay=0.9)
 
 
-@pytest.mark.parametrize("decay", [1.0, 0.9, 0.5, 0.01, 0.0])
+@pytest.mark.parametrize("decay", [1.0, 0.9, 0.01, 0.0])
 def test_penalties_are_those_of_the_host_and_of_a_replay(decay: float) -> None:
     """Greedy, of few tokens: all are drawn again and again, and scales fall below the least."""
     params = replace(PENALISED, temperature=0.0, penalty_decay=decay)
     sampler, penalties, out = DeviceSampler(1, 30, CPU, ()), Penalties(params), list[int]()
     sampler.start(0, params)
-    logits = torch.randn(40, 1, 30, generator=torch.manual_seed(2)) * 0.3
+    logits = torch.randn(30, 1, 30, generator=torch.manual_seed(2)) * 0.3
     zero = torch.tensor([0])
     for step in logits:
         token = int(sampler.draw(step, zero, zero)[0])
@@ -118,7 +118,7 @@ def test_batches_are_drawn_partly_here_and_partly_there() -> None:
     for seat, p in enumerate(params):
         mixed.start(seat, p)
         alone.start(seat, p)
-    logits = torch.randn(8, 4, 40, generator=torch.manual_seed(4))
+    logits = torch.randn(4, 4, 40, generator=torch.manual_seed(4))
     for position, step in enumerate(logits):
         order = [2, 0, 3, 1] if position % 2 else [0, 1, 2, 3]
         got = mixed.sample(step[order].clone(), order, [position] * 4)
@@ -180,7 +180,7 @@ def samplers_on_device() -> Iterator[None]:
         yield
 
 
-few = settings(max_examples=5, deadline=None, derandomize=True)
+few = settings(max_examples=2, deadline=None, derandomize=True)
 test_every_draw_matches_the_dense_oracle = few(
     test_sampler.test_every_draw_matches_the_dense_oracle
 )
