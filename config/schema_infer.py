@@ -62,8 +62,11 @@ class ModelTable:
         Key("running answers before new prompts; false favours time to first token", reload="live"),
     ] = True
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16", "float64"],
-        Key("(new) number format of the weights"),
+        Literal["auto", "float32", "bfloat16", "float16", "float64", "int8"],
+        Key(
+            '(new) number format of the weights; "auto" = bfloat16 on a GPU, float32 on a CPU;'
+            ' "int8" = matrices of int8 with a scale for every 64 inputs, all else as with "auto"'
+        ),
     ] = "auto"
     num_threads: Annotated[
         NonNegativeInt,

@@ -19,8 +19,10 @@ from config import ModelTable, load_infer
 from engine.core import EngineCore
 from engine.errors import InvalidRequest, WeightsError
 from engine.grammar import GrammarCompiler
+from engine.kernels.backend import INT8_GROUP
 from engine.kernels.choice import choose_backend
 from engine.limits import limits_of
+from engine.model.quantize import can_quantize
 from engine.model.rwkv7 import RWKV7
 from engine.model.weights import dummy_model, fingerprint, load_model
 from engine.plan import ZERO_SLOT, Row, SeatStart, SlotRef, StepPlan
@@ -93,9 +95,9 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
     )
     info = ModelInfo(
         model_name=table.model_name,
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_parameters=model.num_parameters,
         device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype="int8" if table.dtype == "int8" else str(dtype).removeprefix("torch."),
         state_dtype=layout.wkv_dtype,
         num_slots=num_slots,
         page_bytes=layout.page_bytes,
@@ -192,8 +194,12 @@ def pick_device(table: ModelTable) -> torch.device:
 
 
 def pick_dtype(table: ModelTable, device: torch.device) -> torch.dtype:
-    """`auto` is float32 on the CPU, where half types are emulated and slower, else bfloat16."""
-    if table.dtype == "auto":
+    """Of activations and of weights that are not quantized.
+
+    `auto` is float32 on the CPU, where half types are emulated and slower, else bfloat16; so it is
+    with `int8`.
+    """
+    if table.dtype in ("auto", "int8"):
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype: torch.dtype = getattr(torch, table.dtype)
     return dtype
@@ -201,10 +207,23 @@ def pick_dtype(table: ModelTable, device: torch.device) -> torch.dtype:
 
 def load(table: ModelTable, device: torch.device, dtype: torch.dtype) -> RWKV7:
     """The weights of a model table, or random ones with `load_format = "dummy"`."""
+    is_int8 = table.dtype == "int8"
+    if is_int8:
+        _check_int8(table)
     if table.load_format == "dummy":
-        return dummy_model(table.model, device, dtype)
+        return dummy_model(table.model, device, dtype, is_int8=is_int8)
     assert table.weights_path is not None, "the config loader requires weights_path"
-    return load_model(table.weights_path, table.model, device, dtype)
+    return load_model(table.weights_path, table.model, device, dtype, is_int8)
+
+
+def _check_int8(table: ModelTable) -> None:
+    for width in (table.model.embedded_dim, table.model.ffn_dim):
+        if not can_quantize(width):
+            raise InvalidRequest(
+                f"models.{table.model_name}: dtype = 'int8' needs widths that are multiples of "
+                f"{INT8_GROUP}, found {width} in model '{table.model.name}'; use another dtype",
+                field="dtype",
+            )
 
 
 def _warm_up(runner: ModelRunner) -> None:

@@ -14,6 +14,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+INT8_GROUP = 64  # inputs of an int8 matrix that share a scale
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -91,4 +93,16 @@ class Backend(Protocol):
 
     def channel_mix(self, hidden_TF: Tensor, value_CF: Tensor) -> Tensor:
         """Squared ReLU, then the matrix down: [T, C]."""
+        ...
+
+    def int8_channel_mix(self, hidden_TF: Tensor, value_CF: Tensor, scale_CG: Tensor) -> Tensor:
+        """The same with a matrix of int8; see `int8_linear`."""
+        ...
+
+    def int8_linear(self, x: Tensor, weight_OI: Tensor, scale_OG: Tensor) -> Tensor:
+        """x [..., I] times (weight * scale)ᵀ: [..., O] in the type of x.
+
+        The weight is int8, and its scale, of any float type, is one for each `INT8_GROUP` inputs
+        of an output. Not differentiable.
+        """
         ...

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from engine.kernels.backend import Batch, TimeMixRows, TimeMixWeights
+from engine.kernels.backend import INT8_GROUP, Batch, TimeMixRows, TimeMixWeights
 
 DECAY_SCALE = -math.exp(-0.5)  # log decay = DECAY_SCALE * sigmoid(d), so w lies in (0.545, 1)
 GROUP_NORM_EPS = 64e-5
 LAYER_NORM_EPS = 1e-5
 KEY_NORM_EPS = 1e-12  # a key of zeros stays zero
 CHUNK_LEN = 32
+DEQUANTIZED_ELEMENTS = 1 << 22  # at once: 16 MiB of float32
 
 
 def norm_mix(
@@ -60,6 +61,28 @@ def time_mix(rows: TimeMixRows, weights: TimeMixWeights, batch: Batch, wkv_pool:
 
 def channel_mix(hidden_TF: Tensor, value_CF: Tensor) -> Tensor:
     return F.linear(squared_relu(hidden_TF), value_CF)
+
+
+def int8_channel_mix(hidden_TF: Tensor, value_CF: Tensor, scale_CG: Tensor) -> Tensor:
+    return int8_linear(squared_relu(hidden_TF), value_CF, scale_CG)
+
+
+def int8_linear(x: Tensor, weight_OI: Tensor, scale_OG: Tensor) -> Tensor:
+    num_outputs, num_inputs = weight_OI.shape
+    step = max(1, DEQUANTIZED_ELEMENTS // num_inputs)
+    y = x.new_empty(*x.shape[:-1], num_outputs)
+    for first in range(0, num_outputs, step):
+        rows = slice(first, first + step)
+        y[..., rows] = F.linear(x, dequantize(weight_OI[rows], scale_OG[rows], x.dtype))
+    return y
+
+
+def dequantize(weight_OI: Tensor, scale_OG: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight * scale [O, I], exact in float32 with scales of half precision, then rounded once."""
+    wide = torch.promote_types(dtype, torch.float32)
+    groups_OGJ = weight_OI.unflatten(1, (-1, INT8_GROUP)).to(wide)
+    weight_OI = (groups_OGJ * scale_OG.to(wide).unsqueeze(-1)).flatten(1)
+    return weight_OI.to(dtype)
 
 
 def _store(pool: Tensor, batch: Batch, value: Tensor) -> None:

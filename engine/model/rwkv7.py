@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from config.schema import ModelConfig
 from engine.kernels import reference
 from engine.kernels.backend import Backend, Batch, TimeMixRows, TimeMixWeights
+from engine.model.quantize import Int8Linear
 from engine.state.layout import PageLayout
 
 
@@ -154,14 +155,17 @@ class ChannelMix(nn.Module):
         self.layer = layer
         self.x_k = nn.Parameter(torch.empty(1, 1, dims.embedded_dim))
         self.key = nn.Linear(dims.embedded_dim, dims.ffn_dim, bias=False)
-        self.value = nn.Linear(dims.ffn_dim, dims.embedded_dim, bias=False)
+        self.value: nn.Linear | Int8Linear = nn.Linear(dims.ffn_dim, dims.embedded_dim, bias=False)
 
     def forward(
         self, x: Tensor, norm: nn.LayerNorm, batch: Batch, state: State, kernels: Backend
     ) -> Tensor:
         shift_pool = state.shift[:, self.layer, 1]
         (x_k,) = kernels.norm_mix(x, norm.weight, norm.bias, self.x_k, batch, shift_pool)
-        return kernels.channel_mix(self.key(x_k), self.value.weight)
+        hidden, value = self.key(x_k), self.value
+        if isinstance(value, Int8Linear):
+            return kernels.int8_channel_mix(hidden, value.weight, value.scale)
+        return kernels.channel_mix(hidden, value.weight)
 
 
 class Block(nn.Module):
@@ -191,11 +195,27 @@ class RWKV7(nn.Module):
     def __init__(self, dims: ModelDims) -> None:
         super().__init__()
         self.dims = dims
-        self.kernels: Backend = reference
+        self._kernels: Backend = reference
         self.emb = nn.Embedding(dims.vocab_size, dims.embedded_dim)
         self.blocks = nn.ModuleList(Block(dims, layer) for layer in range(dims.num_cells))
         self.ln_out = nn.LayerNorm(dims.embedded_dim)
         self.head = nn.Linear(dims.embedded_dim, dims.vocab_size, bias=False)
+
+    @property
+    def kernels(self) -> Backend:
+        return self._kernels
+
+    @kernels.setter
+    def kernels(self, kernels: Backend) -> None:
+        self._kernels = kernels
+        for module in self.modules():
+            if isinstance(module, Int8Linear):
+                module.kernels = kernels
+
+    @property
+    def num_parameters(self) -> int:
+        quantized = (x.weight for x in self.modules() if isinstance(x, Int8Linear))
+        return sum(x.numel() for x in (*self.parameters(), *quantized))
 
     def forward(
         self, tokens_T: Tensor, batch: Batch, state: State, grad_checkpoint: bool = False

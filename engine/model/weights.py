@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from config.schema import ModelConfig
 from engine.errors import WeightsError
+from engine.model.quantize import quantize, replace_linears
 from engine.model.rwkv7 import RWKV7, ModelDims
 
 FINGERPRINT_SAMPLES = 1 << 16  # elements hashed per tensor; a tuned weight cannot hide from it
@@ -132,9 +133,17 @@ def check_config(dims: ModelDims, cfg: ModelConfig, source: Path | str) -> None:
 
 
 def load_model(
-    path: Path, cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype
+    path: Path,
+    cfg: ModelConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    is_int8: bool = False,
 ) -> RWKV7:
-    """A module with the file's weights on `device` in `dtype`, ready for inference."""
+    """A module with the file's weights on `device` in `dtype`, ready for inference.
+
+    With `is_int8` its matrices are quantized, one by one as they are read; all else, activations
+    included, is of `dtype`.
+    """
     tensors = load_checkpoint(path)
     dims = dims_of(tensors, path)
     check_config(dims, cfg, path)
@@ -153,24 +162,32 @@ def load_model(
             raise WeightsError(
                 f"{path}: {name} has shape {tuple(shape)}, expected {tuple(meta.shape)}"
             )
-    # A copy even where nothing is converted: a mapped file may be replaced under our feet.
-    weights = {
-        name: tensors[name].reshape(meta.shape).to(device=device, dtype=dtype, copy=True)
-        for name, meta in expected.items()
-    }
-    model.load_state_dict(weights, assign=True)
-    return model.requires_grad_(False).eval()
+    named = ((name, tensors[name].reshape(meta.shape)) for name, meta in expected.items())
+    try:
+        return _with_weights(model, named, device, dtype, is_int8)
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}; use another dtype than int8") from error
 
 
 def dummy_model(
-    cfg: ModelConfig, device: torch.device | str, dtype: torch.dtype, seed: int = 0
+    cfg: ModelConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    seed: int = 0,
+    is_int8: bool = False,
 ) -> RWKV7:
     """Random weights of the right shape and a sane scale, for load tests without a download."""
     with torch.device("meta"):
         model = RWKV7(ModelDims.from_config(cfg))
+    named = _random_weights(model.state_dict(), device, dtype, seed)
+    return _with_weights(model, named, device, dtype, is_int8)
+
+
+def _random_weights(
+    expected: Mapping[str, Tensor], device: torch.device | str, dtype: torch.dtype, seed: int
+) -> Iterator[tuple[str, Tensor]]:
     generator = torch.Generator(device=device).manual_seed(seed)
-    weights = {}
-    for name, meta in model.state_dict().items():
+    for name, meta in expected.items():
         value = torch.empty(meta.shape, device=device, dtype=dtype)
         if name.endswith("weight") and meta.dim() == 1:  # norms
             value.fill_(1.0)
@@ -178,7 +195,35 @@ def dummy_model(
             value.normal_(0.0, meta.shape[-1] ** -0.5, generator=generator)
         else:
             value.uniform_(-0.5, 0.5, generator=generator)
-        weights[name] = value
+        yield name, value
+
+
+def _with_weights(
+    model: RWKV7,
+    named: Iterable[tuple[str, Tensor]],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    is_int8: bool,
+) -> RWKV7:
+    """Give a module of shapes only its weights, each taken when the one before is in its place."""
+    matrices = {
+        f"{name}.weight"
+        for name, x in model.named_modules()
+        if isinstance(x, nn.Linear) and is_int8
+    }
+    weights = {}
+    for name, value in named:
+        if name in matrices:
+            try:
+                packed = quantize(value, device)
+            except ValueError as error:
+                raise ValueError(f"{name} {error}") from error
+            weights[name], weights[f"{name.removesuffix('weight')}scale"] = packed
+        else:
+            # A copy even where nothing is converted: a mapped file may be replaced under our feet.
+            weights[name] = value.to(device=device, dtype=dtype, copy=True)
+    if is_int8:
+        replace_linears(model)
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval()
 

@@ -43,6 +43,7 @@ LINES = {
     "max_batch_size = 5": "rebuild",
     "paragraph_len = 128": "rebuild",
     'dtype = "float64"': "rebuild",
+    'dtype = "int8"': "rebuild",
     'load_format = "dummy"': "rebuild",
     "num_threads = 2": "rebuild",
     "num_state_slots = 9": "rebuild",

@@ -11,9 +11,10 @@ from torch import Tensor
 from engine.kernels import reference
 from engine.kernels.backend import Batch, TimeMixRows, TimeMixWeights
 from engine.kernels.gpu.decode import decode
+from engine.kernels.gpu.int8 import int8_channel_mix, int8_linear
 from engine.kernels.reference import channel_mix, norm_mix
 
-__all__ = ["channel_mix", "norm_mix", "time_mix"]
+__all__ = ["channel_mix", "int8_channel_mix", "int8_linear", "norm_mix", "time_mix"]
 
 
 def time_mix(rows: TimeMixRows, weights: TimeMixWeights, batch: Batch, wkv_pool: Tensor) -> Tensor:
