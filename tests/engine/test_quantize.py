@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -195,3 +196,21 @@ def test_a_backend_set_on_the_model_serves_its_matrices() -> None:
     assert seen.count("int8_linear") == 2 * 5 + 1  # of two layers, and the head
     assert seen.count("int8_channel_mix") == 2
     assert "channel_mix" not in seen
+
+
+def test_trained_model_says_nearly_every_token_as_before(shared_dir: Path) -> None:
+    """Token by token beside the greedy answers of float64."""
+    models = shared_dir / "assets" / "models"
+    cfg = ModelConfig(name="demo", num_cells=4, vocab_size=2048, embedded_dim=128, num_heads=2)
+    path = models / "rwkv7-chat-demo-D128-L4-V2048.pth"
+    model = load_model(path, cfg, "cpu", torch.float32, is_int8=True)
+    slot = torch.zeros(1, dtype=torch.int64)
+    for case in json.loads((models / "golden_chat_demo.json").read_text()):
+        ids = [*case["ids"], *case["greedy_ids"]]
+        with torch.inference_mode():
+            hidden = model(
+                torch.tensor(ids), Batch((len(ids),), slot, slot), model.new_state(1, "cpu")
+            )
+            found = model.head(hidden[len(case["ids"]) - 1 : -1]).argmax(-1).tolist()
+        same = sum(map(int.__eq__, found, case["greedy_ids"]))
+        assert same >= 38, f"{same} of {len(found)}"

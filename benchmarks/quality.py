@@ -1,0 +1,157 @@
+"""What a number format of the weights costs in quality, beside float32 in the same run.
+
+    python -m benchmarks.quality [--texts FOLDER] [--save]
+
+Held-out documents of the embedded model (train/corpus.py says which), each from the zero state:
+bits per byte, how far logits are from those of float32, and how often the most probable token is
+the same. Then greedy answers from the beginnings of documents, until they part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import config
+from benchmarks.record import finish
+from config import load_model as load_model_config
+from engine.kernels.backend import Batch
+from engine.model.rwkv7 import RWKV7
+from engine.model.weights import load_model
+from engine.tokenizer import Tokenizer
+from train import corpus
+from train.data import read_jsonl
+
+CONFIG_DIR = Path(config.__file__).parent
+TEXTS = Path(__file__).parents[2] / "shared" / "assets" / "text"
+FORMATS = {
+    "float32": (torch.float32, False),
+    "bfloat16": (torch.bfloat16, False),
+    "int8": (torch.float32, True),
+}
+PROMPT_LEN = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Logits [T, V] in float32 of all tokens of all documents, and the greedy answers."""
+
+    logits_TV: Tensor
+    answers: list[list[int]]
+    weight_bytes: int
+
+
+def held_out(folder: Path, num_each: int) -> list[str]:
+    """As train.corpus divides them: one generator for both sources, in this order."""
+    rng = random.Random(42)
+    chats = (x.text for x in read_jsonl(folder / "persona_chat_rwkv.jsonl"))
+    persona = corpus.hold_out(corpus.persona_documents(chats, rng))[1]
+    stories = (folder / "tinystories_3863.txt").read_text(encoding="utf-8")
+    told = corpus.hold_out(corpus.story_documents(stories, rng))[1]
+    return persona[:num_each] + told[:num_each]
+
+
+@torch.inference_mode()
+def read(model: RWKV7, documents: Sequence[list[int]], answer_len: int) -> Reading:
+    slots = torch.arange(len(documents))
+    state = model.new_state(len(documents), "cpu")
+    inputs = torch.tensor([token for ids in documents for token in (0, *ids[:-1])])
+    hidden_TC = model(inputs, Batch(tuple(map(len, documents)), slots, slots), state)
+    tensors = (*model.parameters(), *model.buffers())
+    return Reading(
+        logits_TV=model.head(hidden_TC).float(),
+        answers=greedy(model, [[0, *ids[:PROMPT_LEN]] for ids in documents], answer_len),
+        weight_bytes=sum(x.numel() * x.element_size() for x in tensors),
+    )
+
+
+@torch.inference_mode()
+def greedy(model: RWKV7, prompts: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
+    slots = torch.arange(len(prompts))
+    state = model.new_state(len(prompts), "cpu")
+    lengths = tuple(map(len, prompts))
+    tokens = torch.tensor([token for ids in prompts for token in ids])
+    hidden = model(tokens, Batch(lengths, slots, slots), state)
+    last = hidden[torch.tensor(lengths).cumsum(0) - 1]
+    drawn = []
+    for _ in range(num_tokens):
+        drawn.append(model.head(last).argmax(-1))
+        last = model(drawn[-1], Batch((1,) * len(prompts), slots, slots), state)
+    answers: list[list[int]] = torch.stack(drawn, dim=1).tolist()
+    return answers
+
+
+def compare(
+    reading: Reading, exact: Reading, targets_T: Tensor, num_bytes: int
+) -> dict[str, float]:
+    nats = -reading.logits_TV.log_softmax(-1).gather(1, targets_T.unsqueeze(1)).double().sum()
+    wanted = exact.logits_TV.log_softmax(-1)
+    found = reading.logits_TV.log_softmax(-1)
+    divergence = (wanted.exp() * (wanted - found)).sum(-1).double().mean()
+    pairs = list(zip(reading.answers, exact.answers, strict=True))
+    same = [
+        next((i for i, (a, b) in enumerate(zip(*p, strict=True)) if a != b), None) for p in pairs
+    ]
+    length = len(exact.answers[0])
+    return {
+        "weight_mib": reading.weight_bytes / 2**20,
+        "bits_per_byte": float(nats) / math.log(2) / num_bytes,
+        "logit_error": float((reading.logits_TV - exact.logits_TV).norm() / exact.logits_TV.norm()),
+        "kl_nats": float(divergence),
+        "same_top": float(
+            (reading.logits_TV.argmax(-1) == exact.logits_TV.argmax(-1)).double().mean()
+        ),
+        "same_answers": sum(i is None for i in same) / len(same),
+        "same_tokens_before_parting": sum(length if i is None else i for i in same) / len(same),
+    }
+
+
+def measure(
+    weights: Path, model_cfg: str, vocab: str, texts: Sequence[str], answer_len: int
+) -> dict[str, dict[str, float]]:
+    tokenizer = Tokenizer.load(vocab)
+    cfg = load_model_config(CONFIG_DIR, model_cfg)
+    documents = [[*tokenizer.encode(text), 0] for text in texts]
+    targets_T = torch.tensor([token for ids in documents for token in ids])
+    num_bytes = sum(len(text.encode()) for text in texts)
+    readings = {
+        name: read(load_model(weights, cfg, "cpu", dtype, is_int8), documents, answer_len)
+        for name, (dtype, is_int8) in FORMATS.items()
+    }
+    return {
+        name: compare(reading, readings["float32"], targets_T, num_bytes)
+        for name, reading in readings.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    assets = CONFIG_DIR / "assets"
+    parser.add_argument("--weights", type=Path, default=assets / "rwkv-lm-tiny.safetensors")
+    parser.add_argument("--model-cfg", default="rwkv-lm-tiny")
+    parser.add_argument("--vocab", default=str(assets / "rwkv_vocab_tiny.txt"))
+    parser.add_argument("--texts", type=Path, default=TEXTS, help="folder of the two sources")
+    parser.add_argument("--documents", type=int, default=16, help="of each source")
+    parser.add_argument("--answer-len", type=int, default=64)
+    parser.add_argument("--save", action="store_true", help="append to benchmarks/results/")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    texts = held_out(args.texts, args.documents)
+    rows = measure(args.weights, args.model_cfg, args.vocab, texts, args.answer_len)
+    names = list(rows["int8"])
+    print(f"{'':10}" + "".join(f"{name.split('_before')[0]:>16}" for name in names))
+    for label, row in rows.items():
+        print(f"{label:10}" + "".join(f"{row[name]:>16.5f}" for name in names))
+    num_bytes = sum(len(text.encode()) for text in texts)
+    finish("quality", {"num_documents": len(texts), "num_bytes": num_bytes, **rows}, save=args.save)
+
+
+if __name__ == "__main__":
+    main()
