@@ -183,3 +183,9 @@ async def test_a_closed_engine_is_freed_without_the_garbage_collector(
 def test_every_error_of_the_engine_is_an_engine_error() -> None:
     assert issubclass(WeightsError, EngineError)
     assert issubclass(InvalidRequest, EngineError)
+
+
+def test_int8_refuses_widths_that_are_no_multiple_of_64(vocab: Path) -> None:
+    wanted = r"^models\.test: dtype = 'int8' needs widths that are multiples of 64, found 32"
+    with pytest.raises(InvalidRequest, match=wanted):
+        build(table(vocab, dtype="int8"))
