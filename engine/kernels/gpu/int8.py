@@ -118,8 +118,8 @@ def int8_kernel(
         next_scale = tl.load(scale_ptr + scale_at + tl.minimum(group + 1, end - 1))
         x = _inputs(x_ptr, x_at, has_row, IS_SQUARED_RELU, COMPUTE)
         weight = tl.load(weight_ptr + weight_at).to(COMPUTE)
-        # Precision is a question of float32 alone: bfloat16 in threes holds all of its 24 bits.
-        total += tl.dot(x, tl.trans(weight), input_precision="bf16x6") * scale[None, :]
+        # Precision is a question of float32 alone, in which no GPU is configured to serve int8.
+        total += tl.dot(x, tl.trans(weight), input_precision="ieee") * scale[None, :]
         x_at += GROUP
         weight_at += GROUP
 
