@@ -9,7 +9,7 @@ F width of the channel mix, J ways of mixing at once. A pool is one layer of all
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -22,12 +22,14 @@ class Batch:
     """Which tokens belong to which sequence, and where states come from and go to.
 
     `lengths` on the host, `src_slot` and `dst_slot` [S] int64 on the device. No two sequences
-    may share a dst, and none may write a slot that another one of the batch reads.
+    may share a dst, and none may write a slot that another one of the batch reads. In `notes` a
+    backend keeps, by type, what it works out for one layer and needs in all.
     """
 
     lengths: tuple[int, ...]
     src_slot: Tensor
     dst_slot: Tensor
+    notes: dict[type, object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,47 +8,20 @@ Legend: T packed tokens of all sequences, S sequences, H heads, N head size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.kernels.gpu import chunk
+from engine.kernels.gpu.packed import CHUNK_LEN, PackedRows
 
-CHUNK_LEN = 16  # the shortest tl.dot takes; the solution loses accuracy with every doubling
 NUM_WARPS = 8
 
 # Of matrix products, and of the one that applies the inverse. "tf32" rounds operands to 11 bits,
 # more than the bfloat16 they come from; "ieee" does without tensor cores, and its programs do not
 # fit the registers of sm_90 (856 bytes on the stack at 8 warps, where these use none).
 PRECISION, SOLVE_PRECISION = "tf32", "tf32x3"
-
-
-@dataclass(frozen=True, slots=True)
-class PackedRows:
-    """Where each sequence lies among the packed tokens, for all layers of a forward."""
-
-    num_tokens: int
-    num_chunks: int
-    starts: Tensor  # [S + 1] int64: first token of each sequence, and the end
-    chunk_starts: Tensor  # [S + 1] int64, counted in chunks, of which none spans two sequences
-
-    @staticmethod
-    def of(lengths: tuple[int, ...], device: torch.device) -> PackedRows:
-        starts = list(accumulate(lengths, initial=0))
-        chunk_starts = list(accumulate((-(-n // CHUNK_LEN) for n in lengths), initial=0))
-        return PackedRows(
-            num_tokens=starts[-1],
-            num_chunks=chunk_starts[-1],
-            starts=torch.tensor(starts, dtype=torch.int64, device=device),
-            chunk_starts=torch.tensor(chunk_starts, dtype=torch.int64, device=device),
-        )
-
-    @property
-    def num_sequences(self) -> int:
-        return self.starts.shape[0] - 1
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # r, lw, k, v, a, b [T, H, N]
