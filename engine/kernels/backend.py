@@ -9,6 +9,7 @@ F width of the channel mix, J ways of mixing at once. A pool is one layer of all
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -73,11 +74,13 @@ class Backend(Protocol):
         x_TC: Tensor,
         weight_C: Tensor,
         bias_C: Tensor,
-        mu_J1C: Tensor,
+        mus_C: Sequence[Tensor],
         batch: Batch,
         shift_pool: Tensor,
     ) -> Tensor:
         """LayerNorm, then each token moved towards the one before it, J ways: [J, T, C].
+
+        `mus_C` are the J weights, C values each in any shape. J is 1 or 6.
 
         The pool [slots, C] holds the normalised token before each sequence, and then its last.
         """

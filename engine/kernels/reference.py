@@ -10,6 +10,7 @@ V vocabulary, M rows. A state matrix is stored [key, value]: row j belongs to ke
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,13 +32,14 @@ def norm_mix(
     x_TC: Tensor,
     weight_C: Tensor,
     bias_C: Tensor,
-    mu_J1C: Tensor,
+    mus_C: Sequence[Tensor],
     batch: Batch,
     shift_pool: Tensor,
 ) -> Tensor:
     x_TC = F.layer_norm(x_TC, weight_C.shape, weight_C, bias_C, LAYER_NORM_EPS)
     previous_TC = shift_tokens(x_TC, batch.lengths, shift_pool[batch.src_slot])
     _store(shift_pool, batch, last_tokens(x_TC, batch.lengths))
+    mu_J1C = torch.stack([mu.reshape(1, -1) for mu in mus_C])
     return mix(x_TC, previous_TC, mu_J1C)
 
 

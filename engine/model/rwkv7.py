@@ -119,9 +119,9 @@ class TimeMix(nn.Module):
         kernels: Backend,
     ) -> tuple[Tensor, Tensor]:
         """x [T, C] -> (output [T, C], the values of the first layer [T, C])."""
-        mu = torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])
+        mus = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         shift_pool = state.shift[:, self.layer, 0]
-        mixed = kernels.norm_mix(x, norm.weight, norm.bias, mu, batch, shift_pool)
+        mixed = kernels.norm_mix(x, norm.weight, norm.bias, mus, batch, shift_pool)
         x_r, x_w, x_k, x_v, x_a, x_g = mixed.unbind()
         v, m = self.value(x_v), None
         if v_first is not None:
@@ -161,7 +161,7 @@ class ChannelMix(nn.Module):
         self, x: Tensor, norm: nn.LayerNorm, batch: Batch, state: State, kernels: Backend
     ) -> Tensor:
         shift_pool = state.shift[:, self.layer, 1]
-        (x_k,) = kernels.norm_mix(x, norm.weight, norm.bias, self.x_k, batch, shift_pool)
+        (x_k,) = kernels.norm_mix(x, norm.weight, norm.bias, (self.x_k,), batch, shift_pool)
         hidden, value = self.key(x_k), self.value
         if isinstance(value, Int8Linear):
             return kernels.int8_channel_mix(hidden, value.weight, value.scale)

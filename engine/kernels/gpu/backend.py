@@ -5,6 +5,8 @@ Importing it needs triton. It knows which kernel serves which batch, not what th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,23 @@ from engine.kernels import reference
 from engine.kernels.backend import Batch, TimeMixRows, TimeMixWeights
 from engine.kernels.gpu.decode import decode
 from engine.kernels.gpu.int8 import int8_channel_mix, int8_linear
-from engine.kernels.reference import channel_mix, norm_mix
+from engine.kernels.gpu.norm_mix import norm_mix as norm_mix_forward
+from engine.kernels.reference import channel_mix
 
 __all__ = ["channel_mix", "int8_channel_mix", "int8_linear", "norm_mix", "time_mix"]
+
+
+def norm_mix(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mus: Sequence[Tensor],
+    batch: Batch,
+    shift_pool: Tensor,
+) -> Tensor:
+    if torch.is_grad_enabled():
+        return reference.norm_mix(x, weight, bias, mus, batch, shift_pool)
+    return norm_mix_forward(x, weight, bias, mus, batch, shift_pool)
 
 
 def time_mix(rows: TimeMixRows, weights: TimeMixWeights, batch: Batch, wkv_pool: Tensor) -> Tensor:
