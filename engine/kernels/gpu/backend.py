@@ -15,6 +15,7 @@ from engine.kernels.backend import Batch, TimeMixRows, TimeMixWeights
 from engine.kernels.gpu.decode import decode
 from engine.kernels.gpu.int8 import int8_channel_mix, int8_linear
 from engine.kernels.gpu.norm_mix import norm_mix as norm_mix_forward
+from engine.kernels.gpu.norm_mix_grad import norm_mix as norm_mix_with_gradients
 from engine.kernels.reference import channel_mix
 
 __all__ = ["channel_mix", "int8_channel_mix", "int8_linear", "norm_mix", "time_mix"]
@@ -29,7 +30,7 @@ def norm_mix(
     shift_pool: Tensor,
 ) -> Tensor:
     if torch.is_grad_enabled():
-        return reference.norm_mix(x, weight, bias, mus, batch, shift_pool)
+        return norm_mix_with_gradients(x, weight, bias, mus, batch, shift_pool)
     return norm_mix_forward(x, weight, bias, mus, batch, shift_pool)
 
 
