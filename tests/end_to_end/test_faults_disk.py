@@ -99,7 +99,7 @@ class TestResponses:
                 second = create(server, previous_response_id=first["id"])
                 for response in (first, second):
                     assert server.get(f"/v1/responses/{response['id']}") == response
-            assert "cannot be stored" in server.log
+                eventually(lambda: "cannot be stored" in server.log)
             third = create(server, previous_response_id=second["id"])
             assert server.process.stop() == 0
             assert "Traceback" not in server.log

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from engine.kernels import reference
 from engine.kernels.backend import Batch, TimeMixRows, TimeMixWeights
@@ -16,7 +17,7 @@ from engine.kernels.gpu.decode import decode
 from engine.kernels.gpu.int8 import int8_channel_mix, int8_linear
 from engine.kernels.gpu.norm_mix import norm_mix as norm_mix_forward
 from engine.kernels.gpu.norm_mix_grad import norm_mix as norm_mix_with_gradients
-from engine.kernels.reference import channel_mix
+from engine.kernels.gpu.squared_relu import squared_relu
 
 __all__ = ["channel_mix", "int8_channel_mix", "int8_linear", "norm_mix", "time_mix"]
 
@@ -38,3 +39,9 @@ def time_mix(rows: TimeMixRows, weights: TimeMixWeights, batch: Batch, wkv_pool:
     if max(batch.lengths) > 1 or torch.is_grad_enabled():
         return reference.time_mix(rows, weights, batch, wkv_pool)
     return decode(rows, weights, batch.src_slot, batch.dst_slot, wkv_pool)
+
+
+def channel_mix(hidden_TF: Tensor, value_CF: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return reference.channel_mix(hidden_TF, value_CF)
+    return F.linear(squared_relu(hidden_TF), value_CF)
