@@ -21,7 +21,6 @@ import config
 from config import ConfigError, load_train
 from engine.errors import EngineError
 from engine.kernels.backend import Batch
-from engine.kernels.reference import cross_entropy_l2wrap
 from engine.model.rwkv7 import RWKV7
 from engine.model.weights import load_model
 from engine.tokenizer import WORLD_VOCAB, Tokenizer
@@ -60,7 +59,9 @@ def evaluate(model: RWKV7, dataset: Dataset, num_bytes: int) -> Evaluation:
         batch = Batch(lengths=lengths, src_slot=slots, dst_slot=slots)
         state = model.new_state(len(lengths), device)
         hidden = model(tokens_T.to(device), batch, state)
-        loss = cross_entropy_l2wrap(hidden, model.head.weight, targets_T.to(device), False)
+        loss = model.kernels.cross_entropy_l2wrap(
+            hidden, model.head.weight, targets_T.to(device), False
+        )
         total += loss.double().cpu() * len(targets_T)
     nats = total.item()
     return Evaluation(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from config.errors import ConfigError
 from config.schema import TrainConfig
-from engine.kernels.reference import cross_entropy_l2wrap
+from engine.kernels.choice import choose_backend
 from engine.model.rwkv7 import RWKV7, ModelDims
 from engine.model.weights import load_model
 from engine.tokenizer import WORLD_VOCAB, Tokenizer
@@ -35,7 +35,6 @@ from train.schedule import Schedule
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 5
-CROSS_ENTROPY_ROWS = 512  # logits of so many tokens exist at once
 
 
 class TrainingError(Exception):
@@ -70,6 +69,7 @@ class Trainer:
         else:
             self._refuse_other_run(found.meta)
         self.model.to(self.device)
+        self.model.kernels = choose_backend(self.device, self.model.dims.head_size)
         self.optimizer = make_optimizer(self.model, cfg)
         if found is not None:
             self._resume(found)
@@ -167,16 +167,19 @@ class Trainer:
     def _loss(self, tokens_BT: Tensor) -> Tensor:
         with self._autocast():
             hidden = self.model.hidden(tokens_BT[:, :-1], self.cfg.grad_checkpoint)
-        return cross_entropy_l2wrap(
-            hidden.flatten(0, 1).float(),
+        return self.model.kernels.cross_entropy_l2wrap(
+            hidden.flatten(0, 1).to(torch.float32 if self._is_exact else torch.bfloat16),
             self.model.head.weight,
             tokens_BT[:, 1:].flatten(),
             self.cfg.enable_l2wrap,
-            CROSS_ENTROPY_ROWS,
         )
 
+    @property
+    def _is_exact(self) -> bool:
+        return self.cfg.dtype == "float32"
+
     def _autocast(self) -> AbstractContextManager[object]:
-        if self.cfg.dtype == "float32":
+        if self._is_exact:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 

@@ -111,3 +111,9 @@ class Backend(Protocol):
         of an output. Not differentiable.
         """
         ...
+
+    def cross_entropy_l2wrap(
+        self, hidden_MC: Tensor, weight_VC: Tensor, targets_M: Tensor, l2wrap: bool = True
+    ) -> Tensor:
+        """Mean cross-entropy of the head's logits, in nats; L2Wrap changes only the gradient."""
+        ...

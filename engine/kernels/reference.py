@@ -26,6 +26,7 @@ LAYER_NORM_EPS = 1e-5
 KEY_NORM_EPS = 1e-12  # a key of zeros stays zero
 CHUNK_LEN = 32
 DEQUANTIZED_ELEMENTS = 1 << 22  # at once: 16 MiB of float32
+L2WRAP_FACTOR = 1e-4
 
 
 def norm_mix(
@@ -273,19 +274,20 @@ class _CrossEntropyL2Wrap(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         loss = loss.to(hidden.device)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        product = weight.to(hidden.dtype)
         for rows in torch.arange(num_rows, device=hidden.device).split(rows_per_chunk):
             x, y = hidden[rows], targets[rows].unsqueeze(-1)
-            logits = (x @ weight.T).to(loss.dtype)
+            logits = (x @ product.T).to(loss.dtype)
             log_sum = logits.logsumexp(-1, keepdim=True)
             loss += (log_sum - logits.gather(-1, y)).sum()
             grad = (logits - log_sum).exp_()
             grad.scatter_add_(-1, y, -torch.ones_like(y, dtype=grad.dtype))
             if l2wrap:
                 top, index = logits.max(-1, keepdim=True)
-                grad.scatter_add_(-1, index, top * 1e-4)
+                grad.scatter_add_(-1, index, top * L2WRAP_FACTOR)
             grad = (grad / num_rows).to(hidden.dtype)
-            grad_hidden[rows] = grad @ weight
-            grad_weight.addmm_(grad.T, x)
+            grad_hidden[rows] = grad @ product
+            grad_weight += grad.T @ x
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss / num_rows
 
@@ -301,10 +303,12 @@ def cross_entropy_l2wrap(
     weight_VC: Tensor,
     targets_M: Tensor,
     l2wrap: bool = True,
-    rows_per_chunk: int = 2048,
+    rows_per_chunk: int = 512,
 ) -> Tensor:
     """Mean cross-entropy of `hidden @ weight.T`, in nats.
 
+    Products are in the type of `hidden`, the rest in float32 at least, and each gradient in the
+    type of its tensor. Logits of `rows_per_chunk` rows exist at once.
     L2Wrap (RWKV-LM) changes only the gradient: the largest logit z of each row gets
     1e-4 * z / M on top, times the upstream gradient, which keeps logits from drifting away.
     """
