@@ -6,7 +6,6 @@ Knows neither the command line nor signals; whoever runs it sets `stop_requested
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
@@ -27,7 +26,7 @@ from train.binidx import Dataset, open_dataset
 from train.checkpoint import CheckpointError
 from train.evaluate import evaluate, num_bytes_of
 from train.init import init_weights
-from train.optim import load_moments, make_optimizer, moments, set_learning_rate
+from train.optim import AdamW, Outcome
 from train.report import Progress, Report
 from train.sampler import MINI_EPOCH_SAMPLES, Sampler
 from train.schedule import Schedule
@@ -70,7 +69,7 @@ class Trainer:
             self._refuse_other_run(found.meta)
         self.model.to(self.device)
         self.model.kernels = choose_backend(self.device, self.model.dims.head_size)
-        self.optimizer = make_optimizer(self.model, cfg)
+        self.optimizer = AdamW(self.model, cfg)
         if found is not None:
             self._resume(found)
 
@@ -126,34 +125,38 @@ class Trainer:
     def _train_step(self, report: Report) -> None:
         cfg = self.cfg
         lr = self.schedule.learning_rate(self.step)
-        set_learning_rate(self.optimizer, lr)
-        loss = self._accumulate_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.gradient_clip_val).item()
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.optimizer.step()
-            self.progress.add(loss, cfg.num_tokens_per_step)
+        outcome = self.optimizer.step(self._accumulate_gradients(), lr)
+        if outcome.is_finite:
+            self.progress.add(outcome.loss, cfg.num_tokens_per_step)
         else:
-            self._skip(loss, norm)
+            self._skip(outcome)
         number = self._mini_epoch
         self.step += 1
-        report.step(self.step, self.progress, lr, norm, cfg.num_tokens_per_step)
+        report.step(self.step, self.progress, lr, outcome.grad_norm, cfg.num_tokens_per_step)
         if self._mini_epoch > number or self.step == self.num_steps:
             report.mini_epoch(number, self.progress, lr)
 
-    def _accumulate_gradients(self) -> float:
-        """Gradients of the mean loss over all micro-batches of this step, and that loss."""
+    def _accumulate_gradients(self) -> Tensor:
+        """Gradients of the mean loss over all micro-batches, and that loss, on the device."""
         cfg = self.cfg
-        self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
         for micro in range(cfg.num_accumulation_steps_per_device):
             first = self.step * cfg.batch_size + micro * cfg.batch_size_per_device
             window = self.sampler.batch(self.data, first, cfg.batch_size_per_device)
             self._check_vocabulary(window, first)
-            tokens_BT = torch.from_numpy(window).to(self.device)
+            tokens_BT = self._on_device(window)
             loss = self._loss(tokens_BT) / cfg.num_accumulation_steps_per_device
             loss.backward()
-            total += loss.item()
+            total += loss.detach()
         return total
+
+    def _on_device(self, window: NDArray[np.int64]) -> Tensor:
+        """From pinned memory where there is a GPU, so that nobody waits for the copy."""
+        tokens = torch.from_numpy(window)
+        if self.device.type != "cuda":
+            return tokens.to(self.device)
+        return tokens.pin_memory().to(self.device, non_blocking=True)
 
     def _check_vocabulary(self, window: NDArray[np.int64], first_sample: int) -> None:
         largest, vocab_size = int(window.max()), self.cfg.model.vocab_size
@@ -183,11 +186,11 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def _skip(self, loss: float, norm: float) -> None:
+    def _skip(self, outcome: Outcome) -> None:
         self.progress.skip(self.cfg.num_tokens_per_step)
         samples = range(self.step * self.cfg.batch_size, (self.step + 1) * self.cfg.batch_size)
         slots = [self.sampler.slot(sample) for sample in samples]
-        what = f"step {self.step + 1}: loss {loss}, gradient norm {norm}"
+        what = f"step {self.step + 1}: loss {outcome.loss}, gradient norm {outcome.grad_norm}"
         logger.warning("%s: weights left as they are; data slots %s", what, slots)
         if self.progress.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
@@ -222,7 +225,7 @@ class Trainer:
             self.cfg.run_dir,
             self.step,
             weights,
-            {**weights, **moments(self.optimizer, self.model)},
+            {**weights, **self.optimizer.moments()},
             meta,
             self.cfg.keep_checkpoints,
         )
@@ -232,7 +235,7 @@ class Trainer:
     def _resume(self, found: checkpoint.Checkpoint) -> None:
         names = self.model.state_dict().keys()
         self.model.load_state_dict({name: found.tensors[name] for name in names})
-        load_moments(self.optimizer, self.model, found.tensors)
+        self.optimizer.load_moments(found.tensors)
         progress = found.meta["progress"]
         assert isinstance(progress, Mapping)
         self.progress = Progress(**progress)

@@ -15,6 +15,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from engine.kernels.optimizer import AdamWStep
+
 INT8_GROUP = 64  # inputs of an int8 matrix that share a scale
 
 
@@ -116,4 +118,20 @@ class Backend(Protocol):
         self, hidden_MC: Tensor, weight_VC: Tensor, targets_M: Tensor, l2wrap: bool = True
     ) -> Tensor:
         """Mean cross-entropy of the head's logits, in nats; L2Wrap changes only the gradient."""
+        ...
+
+    def clip_factor(self, grads: Tensor, loss: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+        """What gradients are to be multiplied by, NaN to skip the step; and their norm."""
+        ...
+
+    def adamw(
+        self,
+        weights: Tensor,
+        grads: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        factor: Tensor,
+        step: AdamWStep,
+    ) -> None:
+        """One step of AdamW on flat buffers in place, of gradients times `factor` on the device."""
         ...

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from tests.train.runs import tiny_model, train_config
 from train.init import init_weights
-from train.optim import group_of, load_moments, make_optimizer, moments, set_learning_rate
+from train.optim import AdamW, Group, Outcome, group_of
 
 DECAYED = {
     "att.receptance.weight", "att.key.weight", "att.value.weight", "att.output.weight",
@@ -26,16 +27,25 @@ def test_only_weight_matrices_are_decayed_and_only_w0_learns_twice_as_fast() -> 
         assert group.lr_scale == (2.0 if short == "att.w0" else 1.0), name
 
 
-def test_every_parameter_is_in_one_group(tmp_path: Path) -> None:
+def test_every_parameter_is_a_view_of_its_groups_range(tmp_path: Path) -> None:
     model = tiny_model()
-    optimizer = make_optimizer(model, train_config(tmp_path))
-    grouped = [p for group in optimizer.param_groups for p in group["params"]]
-    assert len(grouped) == len({id(p) for p in grouped}) == len(list(model.parameters()))
-    assert {(g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups} == {
-        (1.0, 0.1),
-        (1.0, 0.0),
-        (2.0, 0.0),
-    }
+    init_weights(model, 0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = AdamW(model, train_config(tmp_path))
+    assert set(optimizer.groups) == {Group(1.0, True), Group(1.0, False), Group(2.0, False)}
+    assert sum(x.stop - x.start for x in optimizer.groups.values()) == optimizer.weights.numel()
+    taken = torch.zeros(optimizer.weights.numel())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+        place = optimizer.groups[group_of(name, parameter.shape)]
+        assert parameter.grad is not None
+        for tensor, buffer in ((parameter, optimizer.weights), (parameter.grad, optimizer.grads)):
+            start = (tensor.data_ptr() - buffer.data_ptr()) // 4
+            assert start % 64 == 0
+            assert place.start <= start
+            assert start + tensor.numel() <= place.stop
+        taken[start : start + parameter.numel()] += 1
+    assert taken.max() == 1
 
 
 def _by_hand(
@@ -49,6 +59,13 @@ def _by_hand(
     return weight
 
 
+def _step(optimizer: AdamW, model: nn.Module, grad: float, lr: float = 0.01) -> Outcome:
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.grad.fill_(grad)
+    return optimizer.step(torch.zeros(()), lr)
+
+
 @pytest.mark.parametrize("grads", [[0.3, -0.1], [1e-12, 1e-12], [0.0, 0.0], [0.0, 2.0]])
 def test_steps_equal_the_formula_including_zero_gradients(
     tmp_path: Path, grads: list[float]
@@ -56,12 +73,9 @@ def test_steps_equal_the_formula_including_zero_gradients(
     model = tiny_model()
     init_weights(model, 0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = make_optimizer(model, train_config(tmp_path))
-    set_learning_rate(optimizer, 0.01)
+    optimizer = AdamW(model, train_config(tmp_path, gradient_clip_val=1e9))
     for g in grads:
-        for parameter in model.parameters():
-            parameter.grad = torch.full_like(parameter, g)
-        optimizer.step()
+        assert _step(optimizer, model, g).is_finite
     for name, parameter in model.named_parameters():
         group = group_of(name, parameter.shape)
         old, new = before[name].flatten()[3].item(), parameter.flatten()[3].item()
@@ -71,22 +85,75 @@ def test_steps_equal_the_formula_including_zero_gradients(
         assert parameter.isfinite().all()
 
 
+def test_weights_follow_those_of_torch_with_clipped_gradients(tmp_path: Path) -> None:
+    cfg = train_config(tmp_path)
+    ours, theirs = tiny_model(), tiny_model()
+    for model in (ours, theirs):
+        init_weights(model, 0)
+    optimizer = AdamW(ours, cfg)
+    members: dict[Group, list[nn.Parameter]] = {}
+    for name, parameter in theirs.named_parameters():
+        members.setdefault(group_of(name, parameter.shape), []).append(parameter)
+    peer = torch.optim.AdamW(
+        [
+            {"params": x, "lr": 0.01 * g.lr_scale, "weight_decay": 0.1 * g.has_decay}
+            for g, x in members.items()
+        ],
+        betas=(cfg.adam_beta1, cfg.adam_beta2),
+        eps=cfg.adam_eps,
+    )
+    generator = torch.Generator().manual_seed(0)
+    for scale in (1e-4, 1.0, 10.0):  # norms below and above 1
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            b.grad = torch.randn(b.shape, generator=generator) * scale
+            assert a.grad is not None
+            a.grad.copy_(b.grad)
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), cfg.gradient_clip_val)
+        peer.step()
+        assert optimizer.step(torch.zeros(()), 0.01).grad_norm == pytest.approx(norm.item(), 1e-6)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, what: str) -> None:
+    model = tiny_model()
+    init_weights(model, 0)
+    optimizer = AdamW(model, train_config(tmp_path))
+    _step(optimizer, model, 1.0)
+    before = [x.clone() for x in (optimizer.weights, optimizer.exp_avg, optimizer.exp_avg_sq)]
+    if what == "gradient":
+        optimizer.grads[5] = math.inf
+    loss = torch.tensor(math.nan if what == "loss" else 1.0)
+    assert not optimizer.step(loss, 0.01).is_finite
+    after = (optimizer.weights, optimizer.exp_avg, optimizer.exp_avg_sq)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert optimizer.num_steps == 1
+
+
 def test_moments_survive_saving_and_loading(tmp_path: Path) -> None:
     cfg = train_config(tmp_path)
     a, b = tiny_model(), tiny_model()
     for model in (a, b):
         init_weights(model, 0)
-    first, second = make_optimizer(a, cfg), make_optimizer(b, cfg)
-    skipped = "blocks.0.ffn.x_k"
-    for name, parameter in a.named_parameters():
-        parameter.grad = None if name == skipped else torch.ones_like(parameter)
-    first.step()
+    first, second = AdamW(a, cfg), AdamW(b, cfg)
+    _step(first, a, 1.0)
     b.load_state_dict(a.state_dict())
-    saved = {name: tensor.clone() for name, tensor in moments(first, a).items()}
-    assert f"{skipped}:step" not in saved
-    load_moments(second, b, saved)
+    saved = {name: tensor.clone() for name, tensor in first.moments().items()}
+    second.load_moments(saved)
     for optimizer, model in ((first, a), (second, b)):
-        for parameter in model.parameters():
-            parameter.grad = torch.full_like(parameter, -0.5)
-        optimizer.step()
+        _step(optimizer, model, -0.5)
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_moments_may_lack_parameters_that_never_had_a_gradient(tmp_path: Path) -> None:
+    model = tiny_model()
+    init_weights(model, 0)
+    optimizer = AdamW(model, train_config(tmp_path))
+    _step(optimizer, model, 1.0)
+    unused = "blocks.0.att.v0:"
+    saved = {k: x.clone() for k, x in optimizer.moments().items() if not k.startswith(unused)}
+    other = AdamW(tiny_model(), train_config(tmp_path))
+    other.load_moments(saved)
+    assert other.num_steps == 1
+    assert not other.moments()[unused + "exp_avg"].any()

@@ -93,7 +93,7 @@ def test_accumulated_passes_equal_one_large_pass(tmp_path: Path) -> None:
             for parameter in run.model.parameters():
                 parameter.add_(0.05)
         run.step = 3
-        losses.append(run._accumulate_gradients())
+        losses.append(run._accumulate_gradients().item())
         grads.append([p.grad for p in run.model.parameters() if p.grad is not None])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for a, b in zip(*grads, strict=True):
@@ -119,10 +119,10 @@ def test_one_batch_is_learned_by_heart(tmp_path: Path) -> None:
     cfg = train_config(tmp_path, num_steps=90, weight_decay=0.0, learning_rate_start=2e-2)
     run = trainer(cfg)
     run.sampler = OneBatch(run.sampler.prime, run.sampler.context_length)
-    first = run._accumulate_gradients()
+    first = run._accumulate_gradients().item()
     assert first == pytest.approx(math.log(40), abs=0.4)
     run.run()
-    assert run._accumulate_gradients() < 0.1
+    assert run._accumulate_gradients().item() < 0.1
 
 
 def test_resuming_equals_never_having_stopped_bit_by_bit(tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_bfloat16_products_give_nearly_the_same_loss(tmp_path: Path) -> None:
         with torch.no_grad():
             for parameter in run.model.parameters():
                 parameter.add_(0.05)
-        losses.append(run._accumulate_gradients())
+        losses.append(run._accumulate_gradients().item())
         assert all(
             p.grad.dtype == torch.float32 for p in run.model.parameters() if p.grad is not None
         )

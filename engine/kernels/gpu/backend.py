@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from engine.kernels import reference
 from engine.kernels.backend import Batch, TimeMixRows, TimeMixWeights
+from engine.kernels.gpu.adamw import adamw, clip_factor
 from engine.kernels.gpu.cross_entropy import cross_entropy_l2wrap
 from engine.kernels.gpu.decode import decode
 from engine.kernels.gpu.int8 import int8_channel_mix, int8_linear
@@ -20,7 +21,16 @@ from engine.kernels.gpu.norm_mix import norm_mix as norm_mix_forward
 from engine.kernels.gpu.norm_mix_grad import norm_mix as norm_mix_with_gradients
 from engine.kernels.gpu.squared_relu import squared_relu
 
-__all__ = ["channel_mix", "cross_entropy_l2wrap", "int8_channel_mix", "int8_linear", "norm_mix", "time_mix"]
+__all__ = [
+    "adamw",
+    "channel_mix",
+    "clip_factor",
+    "cross_entropy_l2wrap",
+    "int8_channel_mix",
+    "int8_linear",
+    "norm_mix",
+    "time_mix",
+]
 
 
 def norm_mix(

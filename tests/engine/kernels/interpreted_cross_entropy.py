@@ -55,7 +55,7 @@ def largest_error(got: Result, wanted: Result) -> float:
 @pytest.mark.parametrize("vocab_size", [2, 16, 37, 5000, 8192])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    # exp(x) has the absolute rounding of x, some 10, as relative error; half also rounds the logits.
+    # exp(x) has the absolute rounding of x, some 10, as relative error; half rounds logits too.
     [(torch.float64, 1e-12), (torch.float32, 5e-6), (torch.float16, 4e-3)],
 )
 def test_loss_and_gradients_equal_float64(
