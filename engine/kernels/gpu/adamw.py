@@ -20,11 +20,13 @@ NUM_PARTIALS = 1024  # sums of squares, one per program; sums of them do not dep
 
 
 @triton.jit
-def sum_of_squares_kernel(grads_ptr, partials_ptr, num_elements, num_rounds, BLOCK: tl.constexpr):
+def sum_of_squares_kernel(
+    grads_ptr, partials_ptr, num_elements, NUM_ROUNDS: tl.constexpr, BLOCK: tl.constexpr
+):
     program = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for i in range(0, num_rounds):
+    for i in range(0, NUM_ROUNDS):
         at = (i * tl.num_programs(0) + program) * BLOCK + lane
         g = tl.load(grads_ptr + at, mask=at < num_elements, other=0.0)
         total += g * g
@@ -90,7 +92,7 @@ def clip_factor(grads: Tensor, loss: Tensor, max_norm: float) -> tuple[Tensor, T
     factor, norm = (torch.empty((), device=grads.device) for _ in range(2))
     num_rounds = triton.cdiv(grads.numel(), NUM_PARTIALS * BLOCK)
     sum_of_squares_kernel[(NUM_PARTIALS,)](
-        grads, partials, grads.numel(), num_rounds, BLOCK=BLOCK, num_warps=NUM_WARPS
+        grads, partials, grads.numel(), NUM_ROUNDS=num_rounds, BLOCK=BLOCK, num_warps=NUM_WARPS
     )
     clip_factor_kernel[(1,)](
         partials,
