@@ -20,6 +20,8 @@ from engine.kernels.gpu.int8 import int8_channel_mix, int8_linear
 from engine.kernels.gpu.norm_mix import norm_mix as norm_mix_forward
 from engine.kernels.gpu.norm_mix_grad import norm_mix as norm_mix_with_gradients
 from engine.kernels.gpu.squared_relu import squared_relu
+from engine.kernels.gpu.time_mix import time_mix_chunked
+from engine.kernels.gpu.wkv import HEAD_SIZES
 
 __all__ = [
     "adamw",
@@ -47,9 +49,11 @@ def norm_mix(
 
 
 def time_mix(rows: TimeMixRows, weights: TimeMixWeights, batch: Batch, wkv_pool: Tensor) -> Tensor:
-    if max(batch.lengths) > 1 or torch.is_grad_enabled():
+    if max(batch.lengths) == 1 and not torch.is_grad_enabled():
+        return decode(rows, weights, batch.src_slot, batch.dst_slot, wkv_pool)
+    if wkv_pool.dtype == torch.float64 or weights.r_k.shape[-1] not in HEAD_SIZES:
         return reference.time_mix(rows, weights, batch, wkv_pool)
-    return decode(rows, weights, batch.src_slot, batch.dst_slot, wkv_pool)
+    return time_mix_chunked(rows, weights, batch, wkv_pool)
 
 
 def channel_mix(hidden_TF: Tensor, value_CF: Tensor) -> Tensor:

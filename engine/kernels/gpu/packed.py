@@ -26,11 +26,17 @@ class PackedRows:
     starts: Tensor  # [S + 1]: first token of each sequence, and the end
     chunk_starts: Tensor  # [S + 1], counted in chunks, of which none spans two sequences
     sequences: Tensor  # [T]: whose token it is
+    chunk_tokens: Tensor  # [chunks + 1]: first token of each chunk, and the end
 
     @staticmethod
     def of(lengths: tuple[int, ...], device: torch.device) -> PackedRows:
         starts = list(accumulate(lengths, initial=0))
         chunk_starts = list(accumulate((-(-n // CHUNK_LEN) for n in lengths), initial=0))
+        chunk_tokens = [
+            token
+            for start, length in zip(starts, lengths, strict=False)
+            for token in range(start, start + length, CHUNK_LEN)
+        ]
         starts_S = _on_device(starts, device)
         # `output_size` is what spares a wait for the device.
         order = torch.arange(len(lengths), device=device)
@@ -40,6 +46,7 @@ class PackedRows:
             starts=starts_S,
             chunk_starts=_on_device(chunk_starts, device),
             sequences=order.repeat_interleave(starts_S.diff(), output_size=starts[-1]),
+            chunk_tokens=_on_device([*chunk_tokens, starts[-1]], device),
         )
 
     @staticmethod

@@ -8,19 +8,18 @@ Legend: T packed tokens of all sequences, S sequences, H heads, N head size.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from engine.kernels.gpu import chunk
+from engine.kernels.gpu import chunk, chunk_backward
 from engine.kernels.gpu.packed import CHUNK_LEN, PackedRows
 
-NUM_WARPS = 8
+HEAD_SIZES = (16, 32, 64)  # states of larger heads do not fit the registers of a program
 
 # Of matrix products, and of the one that applies the inverse. "tf32" rounds operands to 11 bits,
-# more than the bfloat16 they come from; "ieee" does without tensor cores, and its programs do not
-# fit the registers of sm_90 (856 bytes on the stack at 8 warps, where these use none).
+# more than the bfloat16 they come from; "ieee" does without tensor cores.
 PRECISION, SOLVE_PRECISION = "tf32", "tf32x3"
 
 
@@ -36,19 +35,18 @@ def prefill(
     dst_slot: Tensor,
     value_block: int | None = None,
 ) -> Tensor:
-    """y [T, H, N]; the state of sequence s goes from source[src_slot[s]] to target[dst_slot[s]].
+    """y [T, H, N] in float32; states go from source[src_slot] to target[dst_slot].
 
     `source` and `target` [slots, H, N, N] may be one tensor, and a layer of a pool: only the
     slots may be strided. Slots are int64 [S] on the device; a negative dst_slot marks padding,
     whose y is left undefined. No sequence may write a slot that another one reads.
-    `value_block` value columns are computed by a program: fewer give more programs, each of
-    which repeats the work within the chunk; all columns where it is None.
+    `value_block` value columns are computed by a program, as many as `launch_of` says by default.
     """
-    return _forward(inputs, rows, source, src_slot, target, dst_slot, None, value_block)
+    return _forward(inputs, rows, source, src_slot, target, dst_slot, value_block=value_block)
 
 
 def wkv7(inputs: Inputs, rows: PackedRows, first_SHNN: Tensor) -> tuple[Tensor, Tensor]:
-    """y [T, H, N] and the states [S, H, N, N] after each sequence, both differentiable.
+    """y [T, H, N] float32 and the states [S, H, N, N] after each sequence, both differentiable.
 
     Gradients of the six inputs and of the states before, the same in every run. From forward to
     backward it keeps a state in float32 for each chunk: 16 bytes for each of the T*H*N channels
@@ -68,38 +66,56 @@ class _WKV7(torch.autograd.Function):
         order = torch.arange(rows.num_sequences, device=first.device)
         last = torch.empty(first.shape, device=first.device)
         checkpoints = torch.empty(rows.num_chunks, *first.shape[1:], device=first.device)
-        y = _forward((r, lw, k, v, a, b), rows, first, order, last, order, checkpoints)
+        u = torch.empty(v.shape, device=first.device)
+        y = _forward((r, lw, k, v, a, b), rows, first, order, last, order, (u, checkpoints))
         ctx.rows = rows
-        ctx.save_for_backward(*inputs, checkpoints, last)
+        ctx.save_for_backward(*inputs, u, checkpoints)
         return y, last
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows: PackedRows = ctx.rows
         d_y, d_last = (x.contiguous() for x in grads)
-        *inputs, checkpoints, last = ctx.saved_tensors
-        num_heads, size = _checked_shape((*inputs, d_y), rows)
-        d_inputs = [torch.empty_like(x) for x in inputs]
-        d_first = torch.empty_like(last)
-        chunk.chunk_backward[(num_heads, rows.num_sequences)](
-            *inputs,
-            d_y,
-            rows.starts,
-            rows.chunk_starts,
-            checkpoints,
-            last,
-            d_last,
-            *d_inputs,
-            d_first,
-            num_heads,
-            N=size,
-            C=CHUNK_LEN,
-            PRECISION=PRECISION,
-            SOLVE_PRECISION=SOLVE_PRECISION,
-            num_warps=NUM_WARPS,
+        r, lw, k, v, a, b, u, checkpoints = ctx.saved_tensors
+        d_inputs, d_first = _backward(
+            (r, lw, k, v, a, b), ctx.rows, u, checkpoints, d_y, d_last.float()
         )
         return (None, d_first, *d_inputs)
+
+
+def _backward(
+    inputs: Inputs,
+    rows: PackedRows,
+    u: Tensor,
+    checkpoints: Tensor,
+    d_y: Tensor,
+    d_last: Tensor,
+) -> tuple[list[Tensor], Tensor]:
+    """Gradients of the inputs, each of its input's type, and of the states before."""
+    r, lw, _, _, a, b = inputs
+    num_heads, size = _checked_shape((*inputs, u, d_y), rows)
+    launch = launch_of(size, capability_of(d_y.device))
+    d_inputs = [torch.empty_like(x) for x in inputs]
+    d_first, d_x, d_states = (torch.empty_like(x) for x in (d_last, u, checkpoints))
+    chunk_backward.chunk_chain[(num_heads, size // launch.value_block, rows.num_sequences)](
+        *(r, lw, a, b, d_y, rows.starts, rows.chunk_starts, d_last, d_x, d_states, d_first),
+        num_heads,
+        N=size,
+        V=launch.value_block,
+        C=CHUNK_LEN,
+        PRECISION=PRECISION,
+        SOLVE_PRECISION=SOLVE_PRECISION,
+        num_warps=launch.num_warps,
+    )
+    chunk_backward.chunk_gradients[(rows.num_chunks, num_heads)](
+        *(*inputs, d_y, rows.chunk_tokens, checkpoints, u, d_states, d_x, *d_inputs),
+        num_heads,
+        N=size,
+        C=CHUNK_LEN,
+        PRECISION=PRECISION,
+        num_warps=gradient_warps(size),
+    )
+    return d_inputs, d_first
 
 
 def _forward(
@@ -109,7 +125,7 @@ def _forward(
     src_slot: Tensor,
     target: Tensor,
     dst_slot: Tensor,
-    checkpoints: Tensor | None,
+    saved: tuple[Tensor, Tensor] | None = None,
     value_block: int | None = None,
 ) -> Tensor:
     num_heads, size = _checked_shape(inputs, rows)
@@ -118,9 +134,10 @@ def _forward(
         assert states.stride()[1:] == (size * size, size, 1), states.stride()
         assert slots.dtype == torch.int64, slots.dtype
         assert slots.shape == (rows.num_sequences,), slots.shape
-    value_block = value_block or size
-    y = torch.empty_like(inputs[3])
-    chunk.chunk_forward[(num_heads, size // value_block, rows.num_sequences)](
+    launch = launch_of(size, capability_of(source.device), value_block)
+    y = torch.empty(inputs[3].shape, device=source.device)
+    u, checkpoints = saved or (y, y)
+    chunk.chunk_forward[(num_heads, size // launch.value_block, rows.num_sequences)](
         *inputs,
         y,
         rows.starts,
@@ -131,25 +148,51 @@ def _forward(
         target,
         target.stride(0),
         dst_slot,
-        y if checkpoints is None else checkpoints,
+        u,
+        checkpoints,
         num_heads,
         N=size,
-        V=value_block,
+        V=launch.value_block,
         C=CHUNK_LEN,
-        HAS_CHECKPOINTS=checkpoints is not None,
+        HAS_CHECKPOINTS=saved is not None,
         PRECISION=PRECISION,
         SOLVE_PRECISION=SOLVE_PRECISION,
-        num_warps=NUM_WARPS,
+        num_warps=launch.num_warps,
     )
     return y
 
 
 def _checked_shape(tensors: tuple[Tensor, ...], rows: PackedRows) -> tuple[int, int]:
-    """H and N of packed tensors. Head sizes are powers of two from 16 on, as tl.dot has it."""
+    """H and N of packed tensors."""
     _, num_heads, size = tensors[0].shape
-    assert size >= 16, f"head size {size} is below 16"
-    assert size & (size - 1) == 0, f"head size {size} is no power of two"
+    assert size in HEAD_SIZES, f"head size {size} is none of {HEAD_SIZES}"
     for x in tensors:
         assert x.shape == (rows.num_tokens, num_heads, size), x.shape
         assert x.is_contiguous()
     return num_heads, size
+
+
+class Launch(NamedTuple):
+    value_block: int  # value columns of a program
+    num_warps: int
+
+
+def launch_of(size: int, capability: tuple[int, int], value_block: int | None = None) -> Launch:
+    """How programs that hold a state are cut; nothing of it uses the stack.
+
+    A warp has 16 value columns of each product, so that all columns take no longer than some of
+    them and the work within a chunk is done once. On sm_120 that does not fit its registers.
+    """
+    if value_block is None:
+        value_block = min(size, 32) if capability[0] == 12 else size
+    return Launch(value_block, max(value_block, size) // 16)
+
+
+def gradient_warps(size: int) -> int:
+    """Of programs that hold no state, but more tiles of a chunk."""
+    return max(1, size // 8)
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """As `torch.cuda` has it; that of an H100 under the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)

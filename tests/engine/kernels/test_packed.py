@@ -14,6 +14,7 @@ def test_starts_are_counted_in_tokens_and_in_chunks() -> None:
     assert rows.starts.tolist() == [0, 17, 18, 18, 34]
     assert rows.chunk_starts.tolist() == [0, 2, 3, 3, 4]
     assert rows.sequences.tolist() == [0] * 17 + [1] + [3] * 16
+    assert rows.chunk_tokens.tolist() == [0, 16, 17, 18, 34]
 
 
 def test_all_layers_of_a_batch_share_them_and_no_other_batch_does() -> None:
