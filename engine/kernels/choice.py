@@ -21,7 +21,7 @@ def choose_backend(device: torch.device, head_size: int) -> Backend:
         return reference
     from engine.kernels.gpu import backend
 
-    logger.info("kernels: triton (decode, norm_mix, relu), reference (all else)")
+    logger.info("kernels: triton")
     return backend
 
 

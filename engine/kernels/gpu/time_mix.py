@@ -32,6 +32,8 @@ def time_mix_chunked(
     r = rows.r.contiguous()
     inputs = _by_head(r, prepared, weights.r_k.shape)
     if training:
+        r_, lw, k, v, a, b = inputs  # in half precision, v of the first layer would not fit
+        inputs = r_, lw, k, v.float(), a, b
         y, _ = wkv7(inputs, packed, wkv_pool[batch.src_slot].float())
     else:
         y = prefill(inputs, packed, wkv_pool, batch.src_slot, wkv_pool, batch.dst_slot)

@@ -113,7 +113,7 @@ def _backward(
         N=size,
         C=CHUNK_LEN,
         PRECISION=PRECISION,
-        num_warps=gradient_warps(size),
+        num_warps=gradient_warps(size, capability_of(d_y.device)),
     )
     return d_inputs, d_first
 
@@ -184,13 +184,13 @@ def launch_of(size: int, capability: tuple[int, int], value_block: int | None = 
     them and the work within a chunk is done once. On sm_120 that does not fit its registers.
     """
     if value_block is None:
-        value_block = min(size, 32) if capability[0] == 12 else size
+        value_block = 16 if capability[0] == 12 else size
     return Launch(value_block, max(value_block, size) // 16)
 
 
-def gradient_warps(size: int) -> int:
-    """Of programs that hold no state, but more tiles of a chunk."""
-    return max(1, size // 8)
+def gradient_warps(size: int, capability: tuple[int, int]) -> int:
+    """Of programs for one chunk: what leaves nothing on the stack where rows are of 16 bits."""
+    return max(1, size // (16 if capability[0] == 8 else 8))
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:

@@ -55,7 +55,8 @@ class Case(NamedTuple):
     """One way in which a kernel is launched, and what it may need then.
 
     `types` names the arguments as Triton spells them ("*fp32", "i64"), but for the constants;
-    pointers are aligned, and so are the integers in `aligned`.
+    pointers are aligned, and so are the integers in `aligned`. `archs` are the GPUs on which it
+    is launched so; AMD's compile whatever sm_90 does.
     """
 
     name: str
@@ -66,6 +67,10 @@ class Case(NamedTuple):
     aligned: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 1
+    archs: tuple[int, ...] = CUDA
+
+    def is_for(self, target: GPUTarget) -> bool:
+        return (90 if target.backend == "hip" else target.arch) in self.archs
 
     def __str__(self) -> str:
         return self.name
@@ -157,8 +162,9 @@ def main() -> int:
     targets = [GPUTarget("cuda", arch, 32) for arch in args.archs] + list(AMD if args.amd else ())
     places = [
         (args.only, number, target)
-        for number in range(len(all_cases(args.only)))
+        for number, case in enumerate(all_cases(args.only))
         for target in targets
+        if case.is_for(target)
     ]
     print("| kernel | GPU | " + " | ".join(name.replace("_", " ") for name in Needs._fields) + " |")
     print("|---" * (2 + len(Needs._fields)) + "|")

@@ -48,7 +48,7 @@ def test_odd_head_size_takes_the_reference(
 def test_gpu_with_triton_takes_its_kernels(caplog: pytest.LogCaptureFixture) -> None:
     backend, messages = chosen(GPU, 64, caplog)
     assert getattr(backend, "__name__", None) == "engine.kernels.gpu.backend"
-    assert messages == ["kernels: triton (decode, norm_mix, relu), reference (all else)"]
+    assert messages == ["kernels: triton"]
 
 
 def test_engine_on_a_cpu_does_not_load_triton() -> None:
