@@ -185,7 +185,7 @@ def launch_of(size: int, capability: tuple[int, int], value_block: int | None = 
     """
     if value_block is None:
         value_block = 16 if capability[0] == 12 else size
-    return Launch(value_block, max(value_block, size) // 16)
+    return Launch(value_block, max(2, size // 16))
 
 
 def gradient_warps(size: int, capability: tuple[int, int]) -> int:

@@ -11,7 +11,7 @@ from tests.engine.kernels.machine_code import CUDA, Case, Limits
 
 # A program of 61 KiB leaves room for three on a multiprocessor of sm_90, which no limit of
 # registers does. It holds a state and repeats nothing: 255 registers are meant to be used.
-LIMITS = Limits(shared_bytes=62 * 1024, wide_loads=8, wide_stores=2, matrix_products=36)
+LIMITS = Limits(shared_bytes=62 * 1024, wide_loads=4, wide_stores=2, matrix_products=36)
 BLACKWELL_CARDS = (120,)
 OTHERS = tuple(arch for arch in CUDA if arch not in BLACKWELL_CARDS)
 
