@@ -68,6 +68,20 @@ class ModelTable:
             ' "int8" = matrices of int8 with a scale for every 64 inputs, all else as with "auto"'
         ),
     ] = "auto"
+    state_dtype: Annotated[
+        Literal["auto", "float32", "float16"],
+        Key(
+            "(new) number format that states are stored in; float16 halves their memory and"
+            ' traffic, and rounds them; "auto" = float32'
+        ),
+    ] = "auto"
+    cuda_graphs: Annotated[
+        Literal["auto", "off"],
+        Key(
+            '(new) "auto" records the steps of running answers on a GPU, so that it need not wait'
+            ' for Python; "off" to look for errors'
+        ),
+    ] = "auto"
     num_threads: Annotated[
         NonNegativeInt,
         Key("(new) threads that compute on a CPU; 0 = one fewer than cores, which HTTP needs"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from io import BytesIO
 from itertools import count
@@ -65,7 +66,7 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
             f"{tokenizer.vocab_size - 1}, the model only {model.dims.vocab_size} tokens"
         )
     model.kernels = choose_backend(device, model.dims.head_size)
-    layout = model.layout
+    layout = pick_layout(table, model)
     num_slots = table.resolved_num_state_slots
     num_frames = table.host_state_mib * MIB // layout.page_bytes
     frames = HostFrames(layout, num_frames, is_pinned=device.type == "cuda")
@@ -203,6 +204,13 @@ def pick_dtype(table: ModelTable, device: torch.device) -> torch.dtype:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype: torch.dtype = getattr(torch, table.dtype)
     return dtype
+
+
+def pick_layout(table: ModelTable, model: RWKV7) -> PageLayout:
+    """`auto` is float32, which all else is computed in, or float64 for a float64 model."""
+    if table.state_dtype == "auto":
+        return model.layout
+    return replace(model.layout, wkv_dtype=table.state_dtype)
 
 
 def load(table: ModelTable, device: torch.device, dtype: torch.dtype) -> RWKV7:

@@ -27,6 +27,9 @@ class Batch:
     `lengths` on the host, `src_slot` and `dst_slot` [S] int64 on the device. No two sequences
     may share a dst, and none may write a slot that another one of the batch reads. In `notes` a
     backend keeps, by type, what it works out for one layer and needs in all.
+
+    A sequence whose dst is negative is padding, its src 0: what comes of it is undefined, and it
+    leaves all slots as they are. Slot 0 is nobody's dst where there is padding.
     """
 
     lengths: tuple[int, ...]

@@ -91,8 +91,15 @@ def dequantize(weight_OI: Tensor, scale_OG: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def _store(pool: Tensor, batch: Batch, value: Tensor) -> None:
-    if not torch.is_grad_enabled():
-        pool[batch.dst_slot] = value.to(pool.dtype)
+    """Write each sequence's slot; padding rows write nothing."""
+    if torch.is_grad_enabled():
+        return
+    slots, value = batch.dst_slot, value.to(pool.dtype)
+    # Without a look at the slots, which a GPU has not got ready: it writes slot 0 over itself.
+    if slots.device.type != "cpu" or bool((slots < 0).any()):
+        is_padding = (slots < 0).view(-1, *[1] * (pool.dim() - 1))
+        value, slots = torch.where(is_padding, pool[0], value), slots.clamp(min=0)
+    pool[slots] = value
 
 
 def log_decay(d: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ class PageLayout:
     num_heads: int
     head_size: int
     vocab_size: int
-    wkv_dtype: str  # float32 unless the whole model is float64; also that of the logits
-    shift_dtype: str
+    wkv_dtype: str  # what states are stored in, see `state_dtype` of the config
+    shift_dtype: str  # that of the model
 
     @property
     def wkv_shape(self) -> tuple[int, ...]:
@@ -47,12 +47,17 @@ class PageLayout:
         return (self.vocab_size,)
 
     @property
+    def logits_dtype(self) -> str:
+        """float32 unless the whole model is float64."""
+        return "float64" if self.shift_dtype == "float64" else "float32"
+
+    @property
     def tensors(self) -> dict[str, TensorLayout]:
         """What one page consists of, by name."""
         return {
             "wkv": TensorLayout(self.wkv_shape, self.wkv_dtype),
             "shift": TensorLayout(self.shift_shape, self.shift_dtype),
-            "logits": TensorLayout(self.logits_shape, self.wkv_dtype),
+            "logits": TensorLayout(self.logits_shape, self.logits_dtype),
         }
 
     @property

@@ -195,7 +195,7 @@ class PageFormat:
         if wrong:
             raise StateMismatch(
                 f"it is a state of another model ({'; '.join(wrong)}); serve the model and "
-                "tokenizer, in the dtype, that it was made with, or compute it anew"
+                "tokenizer, in the dtype and state_dtype, that it was made with, or compute it anew"
             )
         if metadata.keys() != {"format", "version", *self._claims(), *_PATTERNS}:
             keys = sorted(metadata)

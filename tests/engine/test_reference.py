@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.kernels import reference
+from engine.kernels.backend import Batch, TimeMixRows, TimeMixWeights
 
 
 def inputs(
@@ -106,3 +107,53 @@ def test_cross_entropy_equals_torch_and_its_gradient_adds_l2wrap() -> None:
             want = torch.autograd.grad(surrogate * upstream, (hidden, weight), retain_graph=True)
             for a, b in zip(got, want, strict=True):
                 assert torch.allclose(a, b, atol=1e-12)
+
+
+PADDED = Batch((1, 1, 1), torch.tensor([2, 0, 0]), torch.tensor([3, -1, -1]))
+ALONE = Batch((1,), torch.tensor([2]), torch.tensor([3]))
+
+
+def time_mix_inputs(num_tokens: int) -> tuple[TimeMixRows, TimeMixWeights]:
+    rows = {name: torch.randn(num_tokens, 16).double() for name in ("r", "k", "v", "d", "a", "g")}
+    weights = {name: torch.randn(16).double() for name in ("k_k", "k_a")}
+    norm = {"norm_weight": torch.randn(16).double(), "norm_bias": torch.randn(16).double()}
+    r_k = torch.randn(2, 8).double()
+    return (
+        TimeMixRows(**rows, v_first=None, m=None),
+        TimeMixWeights(**weights, **norm, r_k=r_k),
+    )
+
+
+@torch.inference_mode()
+def test_padding_rows_leave_every_slot_as_it_is_and_other_rows_their_results() -> None:
+    torch.manual_seed(0)
+    rows, weights = time_mix_inputs(3)
+    first = TimeMixRows(
+        r=rows.r[:1], k=rows.k[:1], v=rows.v[:1], d=rows.d[:1], a=rows.a[:1], g=rows.g[:1],
+        v_first=None, m=None,
+    )  # fmt: skip
+    pool, alone = (torch.arange(5.0).double().view(5, 1, 1, 1).repeat(1, 2, 8, 8) for _ in "ab")
+    y = reference.time_mix(rows, weights, PADDED, pool)
+    assert torch.allclose(y[:1], reference.time_mix(first, weights, ALONE, alone), atol=1e-14)
+    assert torch.equal(pool, alone)
+    assert torch.equal(pool[[0, 1, 4]], torch.tensor([0.0, 1, 4]).view(3, 1, 1, 1) + alone[:3] * 0)
+
+    x, (weight, bias) = torch.randn(3, 16).double(), torch.randn(2, 16).double()
+    mu = torch.rand(6, 1, 16).double()
+    pool, alone = (torch.arange(5.0).double().view(5, 1).repeat(1, 16) for _ in "ab")
+    mixed = reference.norm_mix(x, weight, bias, mu, PADDED, pool)
+    expected = reference.norm_mix(x[:1], weight, bias, mu, ALONE, alone)
+    assert torch.equal(mixed[:, :1], expected)
+    assert torch.equal(pool, alone)
+
+
+@torch.inference_mode()
+def test_states_stored_in_half_precision_are_computed_in_float32_and_rounded_once() -> None:
+    torch.manual_seed(0)
+    rows, weights = time_mix_inputs(1)
+    half = torch.randn(5, 2, 8, 8).half()
+    full = half.float()
+    batch = Batch((1,), torch.tensor([2]), torch.tensor([3]))
+    y_half = reference.time_mix(rows, weights, batch, half)
+    assert torch.equal(y_half, reference.time_mix(rows, weights, batch, full))
+    assert torch.equal(half, full.half())
