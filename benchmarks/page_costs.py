@@ -27,6 +27,7 @@ from engine.state.frames import HostFrames
 from engine.state.layout import PageLayout
 from engine.state.page import DiskJob, DiskResult, PageFile, ReadFile, WriteFile
 from engine.state.storage import StateStorage
+from engine.transfers import mark
 from engine.types import SamplingParams
 
 GIB = 2**30
@@ -83,18 +84,18 @@ class Bench:
         """One token from the first slot, which a fork leaves as it is."""
         row = Row(0, 0, None, 1, PREFILL_LEN, FIRST, dst, sample=True)
         self.runner.execute(StepPlan(0, (row,)))
-        self.storage.synchronize()
+        mark(self.storage.device)()
 
     def copy(self) -> None:
         """What a fork would cost if it copied."""
         source, target = (self.storage.slot_tensors(ref.slot) for ref in (FIRST, SECOND))
         for name in ("wkv", "shift"):
             target[name].copy_(source[name])
-        self.storage.synchronize()
+        mark(self.storage.device)()
 
     def move(self, kind: MoveKind) -> None:
         self.storage.move(PageMove(kind, FIRST, FRAME, has_logits=True))
-        self.storage.synchronize()
+        mark(self.storage.device)()
 
 
 def measure(table: ModelTable, num_repeats: int) -> dict[str, object]:

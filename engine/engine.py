@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import blake2b
 from io import BytesIO
 from itertools import count
@@ -18,6 +20,7 @@ import torch
 
 from config import ModelTable, load_infer
 from engine.core import EngineCore
+from engine.cuda_graph import CudaRecorder, Recorder
 from engine.errors import InvalidRequest, WeightsError
 from engine.grammar import GrammarCompiler
 from engine.kernels.backend import INT8_GROUP
@@ -26,7 +29,7 @@ from engine.limits import limits_of
 from engine.model.quantize import can_quantize
 from engine.model.rwkv7 import RWKV7
 from engine.model.weights import dummy_model, fingerprint, load_model
-from engine.plan import ZERO_SLOT, Row, SeatStart, SlotRef, StepPlan
+from engine.plan import SlotRef
 from engine.runner import ModelRunner
 from engine.sampler import Sampler, choose_device_sampler
 from engine.state.disk import PageDisk, folder_of
@@ -45,6 +48,8 @@ from engine.types import (
     SamplingParams,
     StatsSink,
 )
+
+logger = logging.getLogger(__name__)
 
 MIB = 2**20
 MIN_OTHER_FRAMES = 4  # beside those of initial states: to swap, to load, to save
@@ -83,8 +88,14 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
         on_device=choose_device_sampler(num_seats, model.dims.vocab_size, device, banned_ids),
     )
     num_threads = table.num_threads or max(1, (os.cpu_count() or 1) - 1)
-    runner = ModelRunner(model, storage, sampler, table.max_batch_size, num_threads)
-    _warm_up(runner)
+    runner = ModelRunner(
+        model,
+        storage,
+        sampler,
+        table.max_batch_size,
+        num_threads,
+        pick_recorder(table, device),
+    )
     model_fingerprint = fingerprint(model)
     seed = seed_of(model_fingerprint, layout, tokenizer)
     page_format = PageFormat(layout, model_fingerprint, tokenizer.fingerprint)
@@ -113,6 +124,7 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
         num_files=0 if parts.disk is None else table.disk_state_mib * MIB // layout.page_bytes,
     )
     limits = limits_of(table)
+    runner.prepare()  # last: from here on it may have threads, which somebody must close
     return EngineCore(info, tokenizer, runner, limits, stats, parts=parts, grammars=grammars)
 
 
@@ -234,14 +246,14 @@ def _check_int8(table: ModelTable) -> None:
             )
 
 
-def _warm_up(runner: ModelRunner) -> None:
-    """One prefill and one decode step: first calls allocate and choose kernels."""
-    zero, first = SlotRef(ZERO_SLOT, 0), SlotRef(ZERO_SLOT + 1, 0)
-    start = SeatStart(seat=0, sampling=SamplingParams(temperature=0.0))
-    prefill = Row(0, 0, (0, 0), 2, 0, zero, first, sample=True)
-    decode = Row(0, 0, None, 1, 2, first, first, sample=True)
-    runner.execute(StepPlan(0, (prefill,), (start,)))
-    runner.execute(StepPlan(1, (decode,)))
+def pick_recorder(table: ModelTable, device: torch.device) -> Callable[[], Recorder] | None:
+    """What decode steps are recorded with, if they are: on GPUs only."""
+    if device.type != "cuda":
+        return None
+    if table.cuda_graphs == "off":
+        logger.info('cuda graphs: off (cuda_graphs = "off")')
+        return None
+    return partial(CudaRecorder, device)
 
 
 class Engine:

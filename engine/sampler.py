@@ -17,7 +17,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -32,9 +32,6 @@ from engine.masks import Masks
 from engine.plan import BAD_TOKEN, NO_TOKEN, Scores
 from engine.tokenizer import Tokenizer
 from engine.types import SamplingParams, TopLogprobs
-
-if TYPE_CHECKING:  # it needs triton
-    from engine.device_sampler import DeviceSampler
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +122,26 @@ class _Seat:
             self.matcher.update(tokens)
 
 
+class SeatsOnDevice(Protocol):
+    """A sampler that draws without the host knowing what."""
+
+    def can_draw(self, params: SamplingParams) -> bool: ...
+
+    def start(self, seat: int, params: SamplingParams, output_ids: Sequence[int] = ()) -> None: ...
+
+    def masks(self, allowed: Sequence[bytes | None]) -> Tensor: ...
+
+    def draw(
+        self,
+        logits_BV: Tensor,
+        seats_B: Tensor,
+        positions_B: Tensor,
+        masks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [B] and their log probabilities [B]; undefined where the seat is negative."""
+        ...
+
+
 class Sampler:
     """The sampling state of all seats of one replica. Lives on the device thread."""
 
@@ -135,12 +152,12 @@ class Sampler:
         device: torch.device,
         tokenizer: Tokenizer | None = None,
         grammars: GrammarCompiler | None = None,
-        on_device: DeviceSampler | None = None,
+        on_device: SeatsOnDevice | None = None,
     ) -> None:
         """`banned_ids` have no text and are never drawn, whatever a request says; `tokenizer` is
         needed for `bad_words`, `grammars` for requests that name one. `on_device` draws for the
         seats that it can; it has the same seats and banned ids."""
-        self._on_device = on_device
+        self.on_device = on_device
         self._grammars = grammars
         self._masks = Masks(device)
         self._device = device
@@ -153,7 +170,7 @@ class Sampler:
 
         `output_ids` are the tokens it has drawn before, in another seat or process.
         """
-        is_on_device = self._on_device is not None and self._on_device.can_draw(params)
+        is_on_device = self.on_device is not None and self.on_device.can_draw(params)
         is_here = not is_on_device
         taken = self._seats[seat] = _Seat(
             params=params,
@@ -163,16 +180,24 @@ class Sampler:
             is_on_device=is_on_device,
         )
         taken.update(output_ids)
-        if self._on_device is not None and is_on_device:
-            self._on_device.start(seat, params, output_ids)
+        if self.on_device is not None and is_on_device:
+            self.on_device.start(seat, params, output_ids)
+
+    def is_on_device(self, seats: Sequence[int]) -> bool:
+        """The device can draw for all of them, and nobody here need know what."""
+        rows = [self._seat(seat) for seat in seats]
+        return all(row.is_on_device and row.matcher is None for row in rows)
+
+    def asks_logprobs(self, seat: int) -> bool:
+        return self._seat(seat).params.has_logprobs
 
     def sample(self, logits_RV: Tensor, seats: Sequence[int], positions: Sequence[int]) -> Draws:
         """One token per row; BAD_TOKEN where logits are not finite, NO_TOKEN where everything is
         forbidden. Overwrites the logits."""
         rows = [self._seat(seat) for seat in seats]
-        if self._on_device is None or not any(row.is_on_device for row in rows):
+        if self.on_device is None or not any(row.is_on_device for row in rows):
             return self._sample_here(logits_RV, rows, positions)
-        drawn = self._draw_on_device(self._on_device, logits_RV, rows, seats, positions)
+        drawn = self._draw_on_device(self.on_device, logits_RV, rows, seats, positions)
         here = [i for i, row in enumerate(rows) if not row.is_on_device]
         draws = Draws(())
         if here:  # while the device draws the others
@@ -183,7 +208,7 @@ class Sampler:
 
     def _draw_on_device(
         self,
-        sampler: DeviceSampler,
+        sampler: SeatsOnDevice,
         logits_RV: Tensor,
         rows: Sequence[_Seat],
         seats: Sequence[int],
@@ -267,7 +292,7 @@ class Sampler:
 
 def choose_device_sampler(
     num_seats: int, vocab_size: int, device: torch.device, banned_ids: Sequence[int]
-) -> DeviceSampler | None:
+) -> SeatsOnDevice | None:
     """One on a GPU with Triton; says in one line of the log where tokens are drawn, and why."""
     reason = reason_against_triton(device)
     if reason is not None:
@@ -289,7 +314,7 @@ def _merged(
         if row.is_on_device and token >= 0:
             row.update((token,))
     for i, row in enumerate(rows):
-        if not row.params.has_logprobs:
+        if not row.params.has_logprobs or tokens[i] < 0:
             logprobs[i] = math.nan
     for place, i in enumerate(places):
         tokens[i] = other.tokens[place]

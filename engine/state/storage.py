@@ -14,6 +14,7 @@ from engine.model.rwkv7 import State
 from engine.plan import ZERO_SLOT, MoveKind, PageMove
 from engine.state.frames import HostFrames, allocate
 from engine.state.layout import PageLayout
+from engine.transfers import to_device
 
 
 class StateStorage:
@@ -37,7 +38,7 @@ class StateStorage:
             tensor.zero_()
 
     def indices(self, slots: Sequence[int]) -> Tensor:
-        return torch.tensor(slots, dtype=torch.int64, device=self.device)
+        return to_device(slots, self.device)
 
     def slot_tensors(self, slot: int) -> dict[str, Tensor]:
         """The page in a slot, as views named like those of `HostFrames.frame_tensors`."""
@@ -51,7 +52,7 @@ class StateStorage:
     def move(self, move: PageMove) -> None:
         """Copy a page between its slot and its frame, behind what the device was asked before.
 
-        On a GPU the copy may still be under way on return; `synchronize` waits for it.
+        On a GPU the copy may still be under way on return; `engine.transfers.mark` tells.
         """
         source = self.slot_tensors(move.slot.slot)
         target = self._frames.frame_tensors(move.frame.slot)
@@ -61,11 +62,6 @@ class StateStorage:
         for name in source:
             if name != "logits" or move.has_logits:
                 target[name].copy_(source[name], non_blocking=True)
-
-    def synchronize(self) -> None:
-        """Wait until the device has done all it was asked; on a CPU it has."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
 
     def poison(self, slot: int) -> None:
         """Fill a free slot with NaN, so that a read of a stale page cannot go unnoticed (tests)."""

@@ -62,20 +62,20 @@ def drop_capabilities() -> None:
 def break_device() -> None:
     import torch
 
+    from engine.executor import Read
     from engine.model.rwkv7 import RWKV7, Batch
     from engine.plan import Row, StepPlan
     from engine.runner import ModelRunner
-    from engine.sampler import Draws
 
     faults: dict[int, tuple[Fault, int]] = {}  # by seat
     spoilt: dict[int, Fault] = {}  # by slot that is written; of this step
-    execute, forward = ModelRunner.execute, RWKV7.forward
+    issue, forward = ModelRunner.issue, RWKV7.forward
 
     def due(row: Row) -> Fault | None:
         fault, position = faults.get(row.seat, (None, 0))
         return fault if position < row.position + row.num_tokens else None
 
-    def faulty_execute(self: ModelRunner, plan: StepPlan) -> Draws:
+    def faulty_issue(self: ModelRunner, plan: StepPlan) -> Read:
         for start in plan.starts:
             found = _fault_of(start.sampling.seed)
             faults.pop(start.seat, None)
@@ -94,7 +94,7 @@ def break_device() -> None:
                     raise SystemExit("injected death")
                 case Fault.LOGITS | Fault.STATE as fault:
                     spoilt[row.dst.slot] = fault
-        return execute(self, plan)
+        return issue(self, plan)
 
     def faulty_forward(
         self: RWKV7, tokens_T: torch.Tensor, batch: Batch, state: object, *rest: object
@@ -110,7 +110,7 @@ def break_device() -> None:
             begin += length
         return out
 
-    ModelRunner.execute = faulty_execute  # type: ignore[method-assign]
+    ModelRunner.issue = faulty_issue  # type: ignore[method-assign]
     RWKV7.forward = faulty_forward  # type: ignore[method-assign]
 
 

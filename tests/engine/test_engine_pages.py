@@ -21,11 +21,11 @@ import engine.engine
 from config import load_model as load_model_config
 from config.schema import ModelConfig
 from engine.engine import Engine, build
+from engine.executor import Read
 from engine.model.rwkv7 import RWKV7
 from engine.model.weights import load_model
 from engine.plan import PageMove, SeatStart, StepPlan, StepResult
 from engine.runner import ModelRunner
-from engine.sampler import Draws
 from engine.state.pool import SlotPool
 from engine.types import SamplingParams
 from tests.conftest import SHARED_DIR
@@ -220,17 +220,17 @@ class PoisoningRunner(ModelRunner):
         self.free[plan.step_id] = [*self.slots._free], frames
         super().submit(plan)
 
-    def execute(self, plan: StepPlan) -> Draws:
-        draws = super().execute(plan)
+    def issue(self, plan: StepPlan) -> Read:
+        read = super().issue(plan)
         if self.slots is not None:  # None while the engine warms up
             slots, frames = self.free.pop(plan.step_id)
             for slot in slots:
-                self._storage.poison(slot)
+                self._executor._storage.poison(slot)
             for frame in frames:
-                self._storage._frames.poison_frame(frame)
+                self._executor._storage._frames.poison_frame(frame)
             self.num_poisoned_slots += len(slots)
             self.num_poisoned_frames += len(frames)
-        return draws
+        return read
 
 
 @pytest.mark.parametrize("num_state_slots", [4, 7])

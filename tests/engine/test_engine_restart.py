@@ -16,9 +16,9 @@ from config import ModelTable
 from engine.client import merge
 from engine.core import EngineCore
 from engine.errors import StateNotFound
+from engine.executor import Read
 from engine.plan import StepPlan
 from engine.runner import ModelRunner
-from engine.sampler import Draws
 from engine.types import EngineRequest, FinishReason, OutputDelta, SamplingParams, StateOptions
 from tests.engine.fresh_process import Job, in_fresh_process
 from tests.engine.real_engines import (
@@ -127,10 +127,10 @@ class SteppedRunner(ModelRunner):
 
     permits: threading.Semaphore | None = None
 
-    def execute(self, plan: StepPlan) -> Draws:
+    def issue(self, plan: StepPlan) -> Read:
         if self.permits is not None:
             self.permits.acquire()
-        return super().execute(plan)
+        return super().issue(plan)
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import engine.runner
+import engine.executor
 from engine.logprobs import score
 from engine.model.rwkv7 import RWKV7, Batch
 from engine.plan import Row, Scores, Targets
@@ -106,7 +106,7 @@ def scored(row: Row, prompt: Sequence[int]) -> Row:
 def test_rows_score_the_tokens_that_follow_theirs_in_plan_order(
     monkeypatch: pytest.MonkeyPatch, part_len: int
 ) -> None:
-    monkeypatch.setattr(engine.runner, "SCORED_ROWS", part_len)
+    monkeypatch.setattr(engine.executor, "SCORED_ROWS", part_len)
     device = make_device(random_model())
     rng = np.random.default_rng(0)
     a, b = (rng.integers(1, CFG.vocab_size, 11).tolist() for _ in range(2))

@@ -10,6 +10,7 @@ from itertools import permutations
 import pytest
 import torch
 
+from engine.executor import Read
 from engine.plan import BAD_TOKEN, Row, SlotRef, StepPlan, StepResult
 from engine.sampler import Draws
 from engine.types import SamplingParams
@@ -127,10 +128,10 @@ def test_what_would_end_the_thread_is_a_fatal_error(
 ) -> None:
     runner = make_device(random_model()).runner
 
-    def execute(plan: StepPlan) -> Draws:
+    def issue(plan: StepPlan) -> Read:
         raise error
 
-    monkeypatch.setattr(runner, "execute", execute)
+    monkeypatch.setattr(runner, "issue", issue)
     results: queue.SimpleQueue[StepResult] = queue.SimpleQueue()
     runner.start(results.put)
     runner.submit(StepPlan(0, (prefill(0, (1, 2), 1),), (start(0),)))

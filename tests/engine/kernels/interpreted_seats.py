@@ -158,14 +158,14 @@ class OnDevice(Sampler):
         self._starts: list[tuple[int, SamplingParams, Sequence[int]]] = []
 
     def start(self, seat: int, params: SamplingParams, output_ids: Sequence[int] = ()) -> None:
-        if self._on_device is None:
+        if self.on_device is None:
             self._starts.append((seat, params, output_ids))
         else:
             super().start(seat, params, output_ids)
 
     def sample(self, logits_RV: Tensor, seats: Sequence[int], positions: Sequence[int]) -> Draws:
-        if self._on_device is None:
-            self._on_device = DeviceSampler(self._size, logits_RV.shape[1], CPU, self._banned_ids)
+        if self.on_device is None:
+            self.on_device = DeviceSampler(self._size, logits_RV.shape[1], CPU, self._banned_ids)
             for start in self._starts:
                 super().start(*start)
         return super().sample(logits_RV, seats, positions)
