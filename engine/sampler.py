@@ -129,14 +129,14 @@ class SeatsOnDevice(Protocol):
 
     def start(self, seat: int, params: SamplingParams, output_ids: Sequence[int] = ()) -> None: ...
 
-    def masks(self, allowed: Sequence[bytes | None]) -> Tensor: ...
+    def masks(self, masks: Sequence[bytes | None]) -> Tensor: ...
 
     def draw(
         self,
         logits_BV: Tensor,
         seats_B: Tensor,
         positions_B: Tensor,
-        masks: Tensor | None = None,
+        masks_BW: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Tokens [B] and their log probabilities [B]; undefined where the seat is negative."""
         ...

@@ -166,7 +166,7 @@ async def test_a_closed_engine_is_freed_without_the_garbage_collector(
         core = build(table(vocab, state_dir=tmp_path))
         runner = core._pipeline._runner
         assert isinstance(runner, ModelRunner)
-        weight, storage = next(runner._model.parameters()), runner._storage
+        weight, storage = next(runner._executor._model.parameters()), runner._executor._storage
         async with Engine(core) as engine:
             assert await collect(engine, [0, 1, 2], SamplingParams(max_tokens=3))
         return [weakref.ref(one) for one in (core, weight, storage.state.wkv, storage._frames)]
