@@ -20,7 +20,9 @@ HEAD_SIZES = (16, 32, 64)  # states of larger heads do not fit the registers of 
 
 # Of matrix products, and of the one that applies the inverse. "tf32" rounds operands to 11 bits,
 # more than the bfloat16 they come from; "ieee" does without tensor cores.
-PRECISION, SOLVE_PRECISION = "tf32", "tf32x3"
+# AMD's compiler knows neither everywhere, and its GPUs multiply float32.
+IS_AMD = torch.version.hip is not None
+PRECISION, SOLVE_PRECISION = ("ieee", "ieee") if IS_AMD else ("tf32", "tf32x3")
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # r, lw, k, v, a, b [T, H, N]

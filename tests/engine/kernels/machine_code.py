@@ -112,10 +112,15 @@ def needs_of(case: Case, arch: int) -> Needs:
 def _compiled(case: Case, target: GPUTarget) -> Any:
     names = case.kernel.arg_names
     types = {name: case.types[name] for name in names if name not in case.constants}
+    is_amd = target.backend == "hip"  # there, kernels are launched with products of float32
+    constants = {
+        name: "ieee" if is_amd and name.endswith("PRECISION") else value
+        for name, value in case.constants.items()
+    }
     source = ASTSource(
         fn=case.kernel,
         signature={name: types.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in case.constants.items()},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={
             (names.index(name),): _ALIGNED
             for name, kind in types.items()
