@@ -22,13 +22,14 @@ serve: .venv/.installed ## serve the embedded model on http://127.0.0.1:8080 (AR
 train: .venv/.installed ## train, or go on with a run that was stopped (TRAIN_CFG=rwkv-lm-tiny ARGS="--steps N")
 	@exec $(BIN)/python -m train --train-cfg $(TRAIN_CFG) $(ARGS)
 
-test: .venv/.installed ## every test that is not marked slow or gpu, two at a time (ARGS="-n 8" for more)
+test: .venv/.installed ## every test that is not marked slow, gpu or kernels, two at a time (ARGS="-n 8" for more)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 slow: .venv/.installed ## the long tests
 	@$(BIN)/python -m pytest -m slow --timeout 1800 $(ARGS)
 
-kernels: .venv/.installed ## compile every GPU kernel for five NVIDIA and two AMD GPUs, none needed, and judge the code
+kernels: .venv/.installed ## every GPU kernel without a GPU: interpreted against float64, compiled for seven, and judged
+	@$(BIN)/python -m pytest -n 2 --dist load -m kernels tests/engine/kernels
 	@$(BIN)/python -m tests.engine.kernels.machine_code $(ARGS)
 
 clients: .venv-clients/.installed ## the tests with litellm, instructor and lm-eval, in an environment of their own (2 GB)

@@ -125,7 +125,11 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
     )
     limits = limits_of(table)
     runner.prepare()  # last: from here on it may have threads, which somebody must close
-    return EngineCore(info, tokenizer, runner, limits, stats, parts=parts, grammars=grammars)
+    try:
+        return EngineCore(info, tokenizer, runner, limits, stats, parts=parts, grammars=grammars)
+    except BaseException:
+        runner.close()
+        raise
 
 
 def open_disk(

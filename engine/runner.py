@@ -95,6 +95,7 @@ class ModelRunner:
             for thread in self._threads:
                 thread.join()
             self._threads = []
+        self._on_result = None  # who listens holds this runner: a cycle would keep the weights
 
     def execute(self, plan: StepPlan) -> Draws:
         """One step, on the thread of the caller."""

@@ -36,14 +36,14 @@ def run(arguments: list[str], environment: dict[str, str]) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("file", INTERPRETED)
+# `make kernels` runs them all, beside what it compiles; the suite those of the whole model.
+QUICK = {"interpreted_model.py"}
+
+
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(f, marks=[] if f in QUICK else [pytest.mark.kernels]) for f in INTERPRETED],
+)
 def test_kernels_pass_their_tests_under_the_interpreter(file: str) -> None:
     command = ["pytest", "-q", "-p", "no:cacheprovider", "--durations=5"]
     run([*command, str(HERE.relative_to(PROJECT) / file)], {**os.environ, "TRITON_INTERPRET": "1"})
-
-
-def test_kernels_keep_to_their_limits(tmp_path: Path) -> None:
-    """On one GPU; `make kernels`, which CI runs beside the tests, is for all."""
-    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = ["tests.engine.kernels.machine_code", "--archs", "90", "--no-amd", "--jobs", "1"]
-    run(command, {**plain, "TRITON_CACHE_DIR": str(tmp_path)})
