@@ -41,6 +41,7 @@ from engine.state.parts import StateParts
 from engine.state.storage import StateStorage
 from engine.state.tuned import load_tuned
 from engine.tokenizer import Tokenizer
+from engine.trial import take_backend
 from engine.types import (
     EngineRequest,
     ModelInfo,
@@ -70,7 +71,7 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
             f"tokenizer_vocab_path: {table.tokenizer_vocab_path} has ids up to "
             f"{tokenizer.vocab_size - 1}, the model only {model.dims.vocab_size} tokens"
         )
-    model.kernels = choose_backend(device, model.dims.head_size)
+    take_backend(model, choose_backend(device, model.dims.head_size), device)
     layout = pick_layout(table, model)
     num_slots = table.resolved_num_state_slots
     num_frames = table.host_state_mib * MIB // layout.page_bytes
