@@ -1,117 +1,181 @@
-"""Whole models with random weights: decoding, prompts, and a step of training.
+"""Whole models with random weights: decoding by graphs, and prompts.
 
-Shares are of the roofline: bytes that a step must move over the copy bandwidth measured in the
-same run, or its products over the rate of a large one. Weights, but for the embedding, are read
-once per step, and each state is read and written.
+Shares are of the roofline: the larger of two times, that of moving the bytes of a step at the copy
+bandwidth measured in the same run, and that of its products at the rate of a large one. Weights,
+but for the embedding, are read once per step, and each state is read and written.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu_device import Bench, Row
 from config.schema import ModelConfig
+from engine import plan
+from engine.cuda_graph import Recorder
+from engine.decode_graphs import DecodeGraphs
 from engine.kernels.backend import Batch
-from engine.kernels.optimizer import AdamWStep
-from engine.model.rwkv7 import RWKV7, ModelDims
+from engine.model.rwkv7 import RWKV7
+from engine.model.weights import dummy_model
+from engine.sampler import SeatsOnDevice, choose_device_sampler
+from engine.state.frames import HostFrames
+from engine.state.storage import StateStorage
+from engine.types import SamplingParams
 
 MODELS = Path(__file__).parents[1] / "config" / "model"
+STEPS_AT_ONCE = 8  # asked of the device before one is waited for, as a server does
 
 
-def random_model(bench: Bench, name: str, dtype: torch.dtype) -> RWKV7:
-    table = tomllib.loads((MODELS / f"{name}.toml").read_text())
+def model_config(name: str) -> ModelConfig:
+    table = tomllib.loads((MODELS / f"rwkv-lm-{name}.toml").read_text())
     table.pop("model_type")
-    with torch.device(bench.device):
-        model = RWKV7(ModelDims.from_config(ModelConfig(name=name, **table))).to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.02)
+    return ModelConfig(name=name, **table)
+
+
+def random_model(
+    bench: Bench, name: str, dtype: torch.dtype | None = None, *, is_int8: bool = False
+) -> RWKV7:
+    """Its weights are drawn on the device in the type they stay in."""
+    model = dummy_model(model_config(name), bench.device, dtype or bench.dtype, is_int8=is_int8)
     model.kernels = bench.kernels
     return model
 
 
-def num_streamed(model: RWKV7) -> int:
-    """Parameters but for the embedding, of which only rows are read."""
-    return sum(p.numel() for p in model.parameters()) - model.emb.weight.numel()
+def streamed(model: RWKV7) -> tuple[int, int]:
+    """Parameters, and bytes, of all but the embedding, of which only rows are read."""
+    tensors = [*model.parameters(), *model.buffers()]
+    num_bytes = sum(x.nbytes for x in tensors) - model.emb.weight.nbytes
+    return model.num_parameters - model.emb.weight.numel(), num_bytes
+
+
+class Decoding:
+    """A model, states in slots from 1 on, seats that draw, and the steps recorded for all sizes."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        model: RWKV7,
+        num_seats: int,
+        *,
+        recorder: Recorder | None = None,
+        state: str = "float32",
+        draws: bool = True,
+    ) -> None:
+        dims, device = model.dims, bench.device
+        layout = replace(model.layout, wkv_dtype=state)
+        frames = HostFrames(layout, 0, is_pinned=False)
+        self.storage = StateStorage(layout, num_seats, device, frames)
+        for tensor in (self.storage.state.wkv, self.storage.state.shift):
+            tensor.zero_()
+        self._known = bench.tokens(dims.vocab_size, num_seats + 1)
+        self._tokens: list[int] = self._known.tolist()
+        sampler = None
+        if draws:
+            sampler = choose_device_sampler(num_seats, dims.vocab_size, device, ())
+        for seat in range(num_seats if sampler is not None else 0):
+            _start(sampler, seat)
+        self.graphs = DecodeGraphs(
+            model, self.storage, self._known, num_seats, recorder or bench.recorder(), sampler
+        )
+
+    def rows_of(self, slots: Sequence[int]) -> list[plan.Row]:
+        """One token for each slot: its seat's newest one where seats draw, else a random one."""
+        return [
+            plan.Row(
+                seq_id=slot,
+                seat=slot - 1,
+                tokens=None if self.graphs.has_draws else (self._tokens[slot],),
+                num_tokens=1,
+                position=0,
+                src=plan.SlotRef(slot, 0),
+                dst=plan.SlotRef(slot, 0),
+                sample=True,
+            )
+            for slot in slots
+        ]
+
+    def step(self, rows: Sequence[plan.Row]) -> None:
+        if self.graphs.has_draws:
+            self.graphs.to_tokens(rows)
+        else:
+            self.graphs.to_logits(rows)
+
+
+def _start(sampler: SeatsOnDevice | None, seat: int) -> None:
+    assert sampler is not None
+    sampler.start(seat, SamplingParams(temperature=1.0, top_p=0.9, seed=seat))
 
 
 def serving_rows(bench: Bench) -> Iterator[Row]:
-    names = ("tiny",) if bench.is_tiny else ("0.1b", "1.5b", "7.2b")
-    for name in names:
-        model = random_model(bench, f"rwkv-lm-{name}", bench.dtype)
-        for size in (1, 4) if bench.is_tiny else (1, 8, 32, 128, 256, 512):
-            yield {"model": name, **decode_row(bench, model, size)}
-        for length in (20,) if bench.is_tiny else (4096,):
-            yield {"model": name, **prefill_row(bench, model, length)}
+    """Decoding with states in float32 and float16, prompts, and int8 weights."""
+    for name in ("tiny",) if bench.is_tiny else ("1.5b", "7.2b", "0.1b"):
+        model = random_model(bench, name)
+        for state in ("float32", "float16"):
+            yield from decode_rows(bench, model, name, state)
+        yield from prefill_rows(bench, model, name)
+        del model
+    for name in ("tiny",) if bench.is_tiny else ("1.5b", "7.2b"):
+        model = random_model(bench, name, is_int8=True)
+        yield from decode_rows(bench, model, name, "float32", what="decode, int8")
         del model
 
 
-def decode_row(bench: Bench, model: RWKV7, size: int) -> Row:
-    """One step of all layers and the head, launched from Python."""
-    tokens = torch.ones(size, dtype=torch.int64, device=bench.device)
-    slots = torch.arange(size, device=bench.device)
-    state = model.new_state(size, bench.device)
-    batch = Batch((1,) * size, slots, slots)
-    with torch.inference_mode():
-        seconds = bench.seconds(lambda: model.head(model(tokens, batch, state)))
-    num_bytes = num_streamed(model) * bench.dtype.itemsize
-    num_bytes += 2 * (state.wkv.nbytes + state.shift.nbytes)
-    share = num_bytes / bench.bytes_per_s / seconds if bench.bytes_per_s else None
-    return {"name": "decode", "batch": size, "tokens_per_s": size / seconds, "roofline": share}
-
-
-def prefill_row(bench: Bench, model: RWKV7, length: int) -> Row:
-    """One sequence; logits of its last token only."""
-    tokens = torch.ones(length, dtype=torch.int64, device=bench.device)
-    slots = torch.zeros(1, dtype=torch.int64, device=bench.device)
-    state = model.new_state(1, bench.device)
-    batch = Batch((length,), slots, slots)
-    with torch.inference_mode():
-        seconds = bench.seconds(lambda: model.head(model(tokens, batch, state)[-1:]), 5)
-    flop = 2 * (num_streamed(model) - model.head.weight.numel()) * length
-    share = flop / bench.flop_per_s / seconds if bench.flop_per_s else None
-    return {"name": "prefill", "tokens": length, "tokens_per_s": length / seconds,
-            "roofline": share}  # fmt: skip
-
-
-def training_flop_per_token(model: RWKV7) -> int:
-    """Six per parameter of a product, forward and backward; and the recurrence, three times nine
-    per element of its states."""
-    dims = model.dims
-    num_state = dims.num_cells * dims.embedded_dim * dims.head_size
-    return 6 * num_streamed(model) + 3 * 9 * num_state
-
-
-def training_rows(bench: Bench) -> Iterator[Row]:
-    """Forward and backward of 0.1B in bf16 under autocast, clipping and AdamW, without data.
-
-    AdamW works on buffers of the model's size that are not the model's.
-    """
-    name, batch_size, length = ("tiny", 1, 16) if bench.is_tiny else ("0.1b", 16, 4096)
-    model = random_model(bench, f"rwkv-lm-{name}", torch.float32)
-    flat = torch.zeros(4, sum(p.numel() for p in model.parameters()), device=bench.device)
-    tokens = torch.ones(batch_size, length + 1, dtype=torch.int64, device=bench.device)
-    step = AdamWStep(
-        learning_rate=0.0, weight_decay=0.0, beta1=0.9, beta2=0.99, eps=1e-18, number=1
-    )
-
-    def train() -> None:
-        with torch.autocast(bench.device.type, torch.bfloat16):
-            hidden = model.hidden(tokens[:, :-1])
-        loss = bench.kernels.cross_entropy_l2wrap(
-            hidden.flatten(0, 1).bfloat16(), model.head.weight, tokens[:, 1:].flatten()
+@torch.inference_mode()
+def decode_rows(
+    bench: Bench, model: RWKV7, name: str, state: str, what: str = "decode"
+) -> Iterator[Row]:
+    """Steps of all layers, the head and, on a GPU, the draws; other slots in each of them."""
+    sizes = (1, 4) if bench.is_tiny else (1, 8, 32, 128, 256, 512)
+    decoding = Decoding(bench, model, max(sizes), state=state)
+    num_weights, weight_bytes = streamed(model)
+    storage = decoding.storage
+    row_bytes = 2 * (storage.state.wkv[0].nbytes + storage.state.shift[0].nbytes)
+    for size in sizes:
+        seconds = _step_seconds(bench, decoding, size, max(sizes))
+        share = bench.share_of_roofline(
+            weight_bytes + size * row_bytes, 2 * num_weights * size, seconds
         )
-        loss.backward()
-        factor, norm = bench.kernels.clip_factor(flat[1], loss, 1.0)
-        bench.kernels.adamw(flat[0], flat[1], flat[2], flat[3], factor, step)
-        norm.item()
+        yield {"name": what, "model": name, "batch": size, "state": state,
+               "tokens_per_s": size / seconds, "roofline": share,
+               "draws": decoding.graphs.has_draws}  # fmt: skip
 
-    seconds = bench.seconds(train, 5)
-    rate = batch_size * length / seconds
-    flop = rate * training_flop_per_token(model)
-    share = flop / bench.flop_per_s if bench.flop_per_s else None
-    yield {"name": "training step", "model": name, "tokens_per_s": rate, "share_of_matmul": share}
+
+def _step_seconds(bench: Bench, decoding: Decoding, size: int, num_slots: int) -> float:
+    starts = range(1, num_slots + 2 - size, size)
+    groups = [decoding.rows_of(range(start, start + size)) for start in starts]
+    steps = list(islice(cycle(groups), 2 if bench.is_tiny else STEPS_AT_ONCE))
+
+    def run() -> None:
+        for rows in steps:
+            decoding.step(rows)
+
+    return bench.seconds(run, 7) / len(steps)
+
+
+@torch.inference_mode()
+def prefill_rows(bench: Bench, model: RWKV7, name: str) -> Iterator[Row]:
+    """One long sequence, and several; logits of last tokens only."""
+    for num_sequences, length in ((1, 20), (2, 6)) if bench.is_tiny else ((1, 4096), (16, 256)):
+        tokens = bench.tokens(model.dims.vocab_size, num_sequences * length)
+        slots = torch.arange(num_sequences, device=bench.device)
+        state = model.new_state(num_sequences, bench.device)
+        batch = Batch((length,) * num_sequences, slots, slots)
+        lasts = torch.arange(1, num_sequences + 1, device=bench.device) * length - 1
+
+        def read(tokens: Tensor = tokens, batch: Batch = batch, lasts: Tensor = lasts) -> Tensor:
+            logits: Tensor = model.head(model(tokens, batch, state)[lasts])  # noqa: B023
+            return logits
+
+        seconds = bench.seconds(read, 5)
+        num_weights, weight_bytes = streamed(model)
+        num_products = num_weights - model.dims.vocab_size * model.dims.embedded_dim
+        share = bench.share_of_roofline(weight_bytes, 2 * num_products * len(tokens), seconds)
+        yield {"name": "prefill", "model": name, "sequences": num_sequences, "tokens": len(tokens),
+               "tokens_per_s": len(tokens) / seconds, "roofline": share}  # fmt: skip
