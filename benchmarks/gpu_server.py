@@ -27,7 +27,7 @@ def server_rows(bench: Bench) -> Iterator[Row]:
     for name in ("tiny",) if bench.is_tiny else ("0.1b", "1.5b"):
         sets = ["load_format=dummy", f"device_type={bench.device.type}"]
         if not bench.is_tiny:
-            sets += ["max_batch_size=256", "max_context_len=0"]
+            sets += ["max_batch_size=256", "max_context_len=0", "host_state_mib=256"]
         with TemporaryDirectory() as folder:
             log = Path(folder) / "log"
             server = our_server("ours", NAMES[name], f"rwkv-lm-{name}", CONFIG_DIR, sets, log)
