@@ -136,5 +136,8 @@ class Backend(Protocol):
         factor: Tensor,
         step: AdamWStep,
     ) -> None:
-        """One step of AdamW on flat buffers in place, of gradients times `factor` on the device."""
+        """One step of AdamW on flat buffers in place, of gradients times `factor` on the device.
+
+        `grads` may be multiplied in place as well.
+        """
         ...

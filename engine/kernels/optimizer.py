@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 NORM_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ has it, too
-_BLOCK = 2**16  # what fits a core's cache, so that each value goes to memory and back once
+_BLOCK = 2**16  # summed by itself: float32 loses less in a sum of few
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +59,9 @@ def adamw(
     """One step in place, with the gradients times `factor`; none at all where that is NaN."""
     if factor.isnan():
         return
-    blocks = zip(*(x.split(_BLOCK) for x in (weights, grads, exp_avg, exp_avg_sq)), strict=True)
-    for w, grad, m, v in blocks:
-        g = grad * factor
-        m.lerp_(g, 1 - step.beta1)
-        v.mul_(step.beta2).addcmul_(g, g, value=1 - step.beta2)
-        scale = v.sqrt().div_(math.sqrt(step.correction2)).add_(step.eps)
-        w.mul_(1 - step.learning_rate * step.weight_decay)
-        w.addcdiv_(m, scale, value=-step.learning_rate / step.correction1)
+    g = grads * factor
+    exp_avg.lerp_(g, 1 - step.beta1)
+    exp_avg_sq.mul_(step.beta2).addcmul_(g, g, value=1 - step.beta2)
+    scale = exp_avg_sq.sqrt().div_(math.sqrt(step.correction2)).add_(step.eps)
+    weights.mul_(1 - step.learning_rate * step.weight_decay)
+    weights.addcdiv_(exp_avg, scale, value=-step.learning_rate / step.correction1)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from engine.kernels.backend import INT8_GROUP, Batch, TimeMixRows, TimeMixWeights
-from engine.kernels.optimizer import adamw as adamw
+from engine.kernels.fused_adamw import adamw as adamw
 from engine.kernels.optimizer import clip_factor as clip_factor
 
 DECAY_SCALE = -math.exp(-0.5)  # log decay = DECAY_SCALE * sigmoid(d), so w lies in (0.545, 1)
