@@ -74,12 +74,17 @@ class Report:
         num_steps: int,
         log_every: int,
         console: Console,
+        peak_tokens_per_s: float | None = None,
     ) -> None:
-        """Lines of steps that were done but not saved are dropped: they will be done again."""
+        """Lines of steps that were done but not saved are dropped: they will be done again.
+
+        Where `peak_tokens_per_s` is known, the share of it that was reached is shown as MFU.
+        """
         self._metrics_path = run_dir / "metrics.jsonl"
         self._log_path = run_dir / "train_log.txt"
         self._first_step, self._num_steps = first_step, num_steps
         self._console, self._log_every = console, log_every
+        self._peak_tokens_per_s = peak_tokens_per_s
         self._live = Live(console=console, refresh_per_second=4, transient=True)
         self._started = self._interval_started = time.perf_counter()
         self._interval_first_step = first_step
@@ -107,11 +112,16 @@ class Report:
         steps_per_s = (step - self._first_step) / max(1e-9, now - self._started)
         remaining_s = int((self._num_steps - step) / max(1e-9, steps_per_s))
         self._interval_started, self._interval_first_step = now, step
+        timing = {"tokens_per_s": round(tokens_per_s, 1), "seconds": round(now - self._started, 1)}
+        shown_mfu = ""
+        if self._peak_tokens_per_s is not None:
+            timing["mfu"] = round(tokens_per_s / self._peak_tokens_per_s, 4)
+            shown_mfu = f"MFU {timing['mfu']:.1%}  "
         mean = progress.interval_loss / (progress.interval_steps or math.nan)
         progress.interval_loss, progress.interval_steps = 0.0, 0
         self._show(
             f"step {step}/{self._num_steps}  loss {progress.smooth_loss:.4f}  lr {lr:.3e}  "
-            f"grad {grad_norm:.3f}  {tokens_per_s:,.0f} tok/s  "
+            f"grad {grad_norm:.3f}  {tokens_per_s:,.0f} tok/s  {shown_mfu}"
             f"ETA {remaining_s // 3600}:{remaining_s // 60 % 60:02d}:{remaining_s % 60:02d}"
         )
         self._write(
@@ -124,7 +134,7 @@ class Report:
                 "tokens": progress.num_tokens,
                 "skipped": progress.num_skipped,
             },
-            {"tokens_per_s": round(tokens_per_s, 1), "seconds": round(now - self._started, 1)},
+            timing,
         )
 
     def evaluation(self, step: int, loss: float, bits_per_byte: float) -> None:

@@ -30,6 +30,7 @@ from train.optim import AdamW, Outcome
 from train.report import Progress, Report
 from train.sampler import MINI_EPOCH_SAMPLES, Sampler
 from train.schedule import Schedule
+from train.utilization import peak_tokens_per_s
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ class Trainer:
             num_steps=self.num_steps,
             log_every=self.cfg.log_every_steps,
             console=self.console,
+            peak_tokens_per_s=peak_tokens_per_s(self.model, self.device, self.cfg.dtype),
         )
 
     @property

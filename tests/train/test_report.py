@@ -96,6 +96,26 @@ def test_plain_output_has_one_line_per_interval(tmp_path: Path) -> None:
     )
 
 
+def test_utilisation_is_shown_and_written_where_the_peak_is_known(tmp_path: Path) -> None:
+    out = io.StringIO()
+    report = Report(
+        tmp_path,
+        first_step=0,
+        first_mini_epoch=0,
+        num_steps=100,
+        log_every=2,
+        console=Console(file=out, width=200),
+        peak_tokens_per_s=1e9,
+    )
+    with report:
+        steps(report, Progress(), range(1, 3))
+    (line,) = lines(tmp_path)
+    speed, mfu = line["tokens_per_s"], line["mfu"]
+    assert speed is not None
+    assert mfu == pytest.approx(speed / 1e9, abs=6e-5)
+    assert f" tok/s  MFU {mfu:.1%}  ETA" in out.getvalue()
+
+
 def test_a_terminal_gets_a_line_that_is_redrawn(tmp_path: Path) -> None:
     report, out = make_report(tmp_path, is_terminal=True)
     with report:

@@ -156,6 +156,32 @@ def test_steps_done_but_not_saved_are_done_again_the_same(tmp_path: Path) -> Non
     assert metrics(cfg.run_dir) == expected
 
 
+def test_a_checkpoint_without_moments_of_unused_parameters_is_resumed_to_the_bit(
+    tmp_path: Path,
+) -> None:
+    """As checkpoints were before all moments shared a buffer: none of what had no gradient."""
+    whole = train_config(tmp_path, experiment_name="whole")
+    trainer(whole).run()
+    cfg = train_config(tmp_path, experiment_name="old")
+    trainer(cfg).run(5)
+    found = checkpoint.load_newest(cfg.run_dir)
+    assert found is not None
+    unused = ("blocks.0.att.v0:", "blocks.0.att.v1:", "blocks.0.att.v2:")
+    old = {name: x for name, x in found.tensors.items() if not name.startswith(unused)}
+    assert len(found.tensors) - len(old) == 9
+    weights = {name: x for name, x in old.items() if ":" not in name}
+    checkpoint.save(cfg.run_dir, 5, weights, old, found.meta, cfg.keep_checkpoints)
+    run = trainer(cfg)
+    assert run.step == run.optimizer.num_steps == 5
+    run.run()
+    a, b = (checkpoint.load_newest(x.run_dir) for x in (whole, cfg))
+    assert a is not None
+    assert b is not None
+    assert a.tensors.keys() == b.tensors.keys()
+    assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
+    assert metrics(whole.run_dir) == metrics(cfg.run_dir)
+
+
 def test_a_finished_run_has_nothing_to_do(tmp_path: Path) -> None:
     cfg = train_config(tmp_path)
     trainer(cfg).run()
