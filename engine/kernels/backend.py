@@ -68,6 +68,27 @@ class TimeMixWeights:
     norm_bias: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraWeights:
+    """The low-rank products of a time mix, of ranks R of their own.
+
+    `w0`, `a0` and `v0` [C] are added; `w1`, `a1`, `v1` and `g1` [C, R] lead into the rank, and
+    `w2`, `a2`, `v2` and `g2` [R, C] out of it.
+    """
+
+    w0: Tensor
+    w1: Tensor
+    w2: Tensor
+    a0: Tensor
+    a1: Tensor
+    a2: Tensor
+    v0: Tensor
+    v1: Tensor
+    v2: Tensor
+    g1: Tensor
+    g2: Tensor
+
+
 class Backend(Protocol):
     """Everything of a layer that is not a matrix product of its own.
 
@@ -88,6 +109,15 @@ class Backend(Protocol):
         `mus_C` are the J weights, C values each in any shape. J is 1 or 6.
 
         The pool [slots, C] holds the normalised token before each sequence, and then its last.
+        """
+        ...
+
+    def lora(
+        self, x_w: Tensor, x_a: Tensor, x_v: Tensor | None, x_g: Tensor, weights: LoraWeights
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """`d`, `a`, `m` and `g` of `TimeMixRows`, of inputs [T, C].
+
+        The first layer has no `m`, and gives no `x_v` for it.
         """
         ...
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from engine.kernels.backend import INT8_GROUP, Batch, TimeMixRows, TimeMixWeights
+from engine.kernels.backend import INT8_GROUP, Batch, LoraWeights, TimeMixRows, TimeMixWeights
 from engine.kernels.fused_adamw import adamw as adamw
 from engine.kernels.optimizer import clip_factor as clip_factor
 
@@ -44,6 +44,16 @@ def norm_mix(
     _store(shift_pool, batch, last_tokens(x_TC, batch.lengths))
     mu_J1C = torch.stack([mu.reshape(1, -1) for mu in mus_C])
     return mix(x_TC, previous_TC, mu_J1C)
+
+
+def lora(
+    x_w: Tensor, x_a: Tensor, x_v: Tensor | None, x_g: Tensor, weights: LoraWeights
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    d = weights.w0 + torch.tanh(x_w @ weights.w1) @ weights.w2
+    a = weights.a0 + (x_a @ weights.a1) @ weights.a2
+    m = None if x_v is None else weights.v0 + (x_v @ weights.v1) @ weights.v2
+    g = torch.sigmoid(x_g @ weights.g1) @ weights.g2
+    return d, a, m, g
 
 
 def time_mix(rows: TimeMixRows, weights: TimeMixWeights, batch: Batch, wkv_pool: Tensor) -> Tensor:

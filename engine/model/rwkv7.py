@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config.schema import ModelConfig
 from engine.kernels import reference
-from engine.kernels.backend import Backend, Batch, TimeMixRows, TimeMixWeights
+from engine.kernels.backend import Backend, Batch, LoraWeights, TimeMixRows, TimeMixWeights
 from engine.model.quantize import Int8Linear
 from engine.state.layout import PageLayout
 
@@ -123,21 +123,27 @@ class TimeMix(nn.Module):
         shift_pool = state.shift[:, self.layer, 0]
         mixed = kernels.norm_mix(x, norm.weight, norm.bias, mus, batch, shift_pool)
         x_r, x_w, x_k, x_v, x_a, x_g = mixed.unbind()
-        v, m = self.value(x_v), None
-        if v_first is not None:
-            m = self.v0[0] + (x_v @ self.v1) @ self.v2
-        rows = TimeMixRows(
-            r=self.receptance(x_r),
-            k=self.key(x_k),
-            v=v,
-            d=self.w0[0] + torch.tanh(x_w @ self.w1) @ self.w2,
-            a=self.a0[0] + (x_a @ self.a1) @ self.a2,
-            g=torch.sigmoid(x_g @ self.g1) @ self.g2,
-            v_first=v_first,
-            m=m,
-        )
+        x_m = None if v_first is None else x_v
+        d, a, m, g = kernels.lora(x_w, x_a, x_m, x_g, self._lora_weights())
+        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
+        rows = TimeMixRows(r=r, k=k, v=v, d=d, a=a, g=g, v_first=v_first, m=m)
         y = kernels.time_mix(rows, self._recurrence_weights(), batch, state.wkv[:, self.layer])
         return self.output(y), v if v_first is None else v_first
+
+    def _lora_weights(self) -> LoraWeights:
+        return LoraWeights(
+            w0=self.w0.flatten(),
+            w1=self.w1,
+            w2=self.w2,
+            a0=self.a0.flatten(),
+            a1=self.a1,
+            a2=self.a2,
+            v0=self.v0.flatten(),
+            v1=self.v1,
+            v2=self.v2,
+            g1=self.g1,
+            g2=self.g2,
+        )
 
     def _recurrence_weights(self) -> TimeMixWeights:
         return TimeMixWeights(
