@@ -24,6 +24,7 @@ import torch
 from benchmarks.gpu_correctness import correctness_rows
 from benchmarks.gpu_device import Bench, Row, device_rows
 from benchmarks.gpu_kernels import decode_rows, prefill_rows, wkv_rows
+from benchmarks.gpu_lora import lora_rows
 from benchmarks.gpu_model import serving_rows
 from benchmarks.gpu_sampler import sampler_rows
 from benchmarks.gpu_server import server_rows
@@ -37,6 +38,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], Iterator[Row]], float]] = {
     "correctness": (correctness_rows, 90),
     "decode": (decode_rows, 40),
     "prefill": (prefill_rows, 50),
+    "lora": (lora_rows, 10),
     "wkv": (wkv_rows, 60),
     "sampler": (sampler_rows, 20),
     "serving": (serving_rows, 180),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.gpu_device import Bench, CallingRecorder, Row
 from benchmarks.gpu_kernels import time_mix_inputs
+from benchmarks.gpu_lora import lora_inputs
 from benchmarks.gpu_model import Decoding, random_model
 from benchmarks.gpu_sampler import agreement
 from engine.kernels import reference
@@ -38,6 +39,7 @@ def correctness_rows(bench: Bench) -> Iterator[Row]:
         ("time mix, ragged", lambda: time_mix_error(bench, (17, 1, 40)), tolerance),
         ("time mix, one token again and again", lambda: repeated_token_error(bench), tolerance),
         ("time mix, gradients", lambda: time_mix_gradient_error(bench), tolerance),
+        ("low-rank products", lambda: lora_error(bench), tolerance),
         ("channel mix", lambda: channel_mix_error(bench), tolerance),
         ("int8, 5 rows", lambda: int8_error(bench, 5), tolerance),
         ("int8, 300 rows", lambda: int8_error(bench, 300), tolerance),
@@ -61,6 +63,15 @@ def norm_mix_inputs(bench: Bench, num_tokens: int, num_ways: int) -> tuple[Tenso
     width = 64 if bench.is_tiny else 4096
     x, weight, bias = bench.randn(num_tokens, width), bench.randn(width), bench.randn(width)
     return x, weight, bias, *bench.randn(num_ways, width).unbind()
+
+
+@torch.no_grad()
+def lora_error(bench: Bench) -> float:
+    x, weights = lora_inputs(bench, 5, 320, (96, 33, 32, 160))
+    exact = replace(weights, **{f.name: getattr(weights, f.name).double() for f in fields(weights)})
+    wanted = reference.lora(*(rows.double() for rows in x), exact)
+    pairs = zip(bench.kernels.lora(*x, weights), wanted, strict=True)
+    return max(_error(y, z) for y, z in pairs if y is not None and z is not None)
 
 
 @torch.no_grad()

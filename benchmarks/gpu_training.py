@@ -11,24 +11,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_device import Bench, Row
-from benchmarks.gpu_model import random_model, streamed
+from benchmarks.gpu_model import random_model
 from engine.kernels.optimizer import AdamWStep
 from engine.model.rwkv7 import RWKV7
-
-# Dense products in bfloat16, FLOP/s, as NVIDIA's data sheets have them.
-PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
-
-
-def peak_of(device_name: str) -> float | None:
-    return next((peak for card, peak in PEAKS.items() if card in device_name), None)
-
-
-def flop_per_token(model: RWKV7) -> int:
-    """Six per parameter of a product, forward and backward; and the recurrence, three times nine
-    per element of its states: decay, Sᵀa, b uᵀ, k vᵀ and Sᵀr."""
-    dims = model.dims
-    num_state = dims.num_cells * dims.embedded_dim * dims.head_size
-    return 6 * streamed(model)[0] + 3 * 9 * num_state
+from train.utilization import PEAK_BF16_TFLOP_PER_S, training_flop_per_token
 
 
 class Training:
@@ -77,7 +63,7 @@ def training_rows(bench: Bench) -> Iterator[Row]:
     seconds = bench.seconds(lambda: training.step(tokens), 5)
     last_loss = training.step(tokens)
     rate = batch_size * length / seconds
-    flop_per_s, peak = rate * flop_per_token(model), peak_of(bench.name)
+    flop_per_s, peak = rate * training_flop_per_token(model), PEAK_BF16_TFLOP_PER_S.get(bench.name)
     yield {
         "name": "training step",
         "model": name,
@@ -85,7 +71,7 @@ def training_rows(bench: Bench) -> Iterator[Row]:
         "length": length,
         "tokens_per_s": rate,
         "share_of_matmul": flop_per_s / bench.flop_per_s if bench.flop_per_s else None,
-        "mfu": flop_per_s / peak if peak else None,
+        "mfu": flop_per_s / peak / 1e12 if peak else None,
         "loss": [first_loss, last_loss],
         "is_right": last_loss < first_loss,
     }

@@ -21,7 +21,6 @@ from engine.kernels.backend import LoraWeights
 
 MAX_ROWS = 16  # one tile of the tensor cores; more rows are torch's
 _PRODUCTS = ("g", "w", "a", "v")
-SIGMOID, TANH = tl.constexpr(0), tl.constexpr(1)  # activations of the first two
 
 BLOCK_RANK = 32  # a multiple of which every released checkpoint's ranks are
 BLOCK_CHANNELS = 128  # summed at once
@@ -141,9 +140,9 @@ def lora_out_kernel(
     offset = _of_product(product, 0, g_rank, g_rank + w_rank, g_rank + w_rank + a_rank)
     weight_ptr = _pointer_of_product(product, g2_ptr, w2_ptr, a2_ptr, v2_ptr)
     bias_ptr = _pointer_of_product(product, w0_ptr, w0_ptr, a0_ptr, v0_ptr)
-    # tanh(x) = 2 sigmoid(2x) - 1: near 0 it is off by an ulp of 1, as d is anyhow when the bias,
-    # which is of that size, has been added.
-    slope = tl.where(product == TANH, 2.0, 1.0)
+    # The gate's activation is a sigmoid, and the decay's is tanh(x) = 2 sigmoid(2x) - 1: near 0
+    # that is off by an ulp of 1, as d is anyhow once the bias, which is of that size, is added.
+    slope = tl.where(product == 1, 2.0, 1.0)
 
     row = tl.arange(0, BM)[:, None]
     column = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
@@ -158,9 +157,9 @@ def lora_out_kernel(
         h = tl.load(parts_ptr + at, mask=mask, other=0.0)
         for part in tl.static_range(1, P):
             h += tl.load(parts_ptr + part * num_rows * sum_of_ranks + at, mask=mask, other=0.0)
-        h = tl.where(product <= TANH, slope * tl.sigmoid(slope * h) - (slope - 1), h)
+        h = tl.where(product <= 1, slope * tl.sigmoid(slope * h) - (slope - 1), h)
         total += tl.dot(h.to(COMPUTE), weight.to(COMPUTE), input_precision="ieee", out_dtype=SUM)
-    mask = (column < num_channels) & (product != SIGMOID)  # the gate has no bias
+    mask = column < tl.where(product > 0, num_channels, 0)  # the gate has no bias
     total += tl.load(bias_ptr + column, mask=mask, other=0.0).to(SUM)
     at = (product * num_rows + row) * num_channels + column
     mask = (row < num_rows) & (column < num_channels)
