@@ -57,7 +57,7 @@ def lora(
 
 
 def time_mix(rows: TimeMixRows, weights: TimeMixWeights, batch: Batch, wkv_pool: Tensor) -> Tensor:
-    dtype = torch.promote_types(wkv_pool.dtype, torch.float32)
+    dtype = torch.promote_types(wkv_pool.dtype, torch.promote_types(rows.r.dtype, torch.float32))
     heads = (rows.r.shape[0], *weights.r_k.shape)
     k, v, rate = rows.k, rows.v, torch.sigmoid(rows.a)
     if rows.v_first is not None and rows.m is not None:

@@ -1,4 +1,4 @@
-"""int8 costs the embedded model next to nothing, measured by what the benchmark measures."""
+"""int8 and float16 states cost the embedded model next to nothing, measured by what the benchmark measures."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import pytest
 from benchmarks.quality import CONFIG_DIR, FORMATS, held_out, measure
 
 
-def test_int8_keeps_bits_per_byte_and_nearly_every_most_probable_token(
+def test_int8_and_half_states_keep_bits_per_byte_and_nearly_every_most_probable_token(
     shared_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(FORMATS, "bfloat16")  # slow on a CPU
+    for name in ("bfloat16", "int8 + bfloat16"):  # slow on a CPU
+        monkeypatch.delitem(FORMATS, name)
     texts = held_out(shared_dir / "assets" / "text", 3)
     assets = CONFIG_DIR / "assets"
     weights, vocab = assets / "rwkv-lm-tiny.safetensors", str(assets / "rwkv_vocab_tiny.txt")
     rows = measure(weights, "rwkv-lm-tiny", vocab, texts, answer_len=8)
-    exact, int8 = rows["float32"], rows["int8"]
+    exact, int8, half = rows["float32"], rows["int8"], rows["float16 states"]
     assert exact["logit_error"] == exact["kl_nats"] == 0
     assert exact["same_top"] == exact["same_answers"] == 1
     assert 0.4 < exact["bits_per_byte"] < 1.0
@@ -25,3 +26,7 @@ def test_int8_keeps_bits_per_byte_and_nearly_every_most_probable_token(
     assert 0 < int8["kl_nats"] < 1e-3
     assert int8["same_top"] > 0.98
     assert int8["weight_mib"] < 0.5 * exact["weight_mib"]
+    assert abs(half["bits_per_byte"] / exact["bits_per_byte"] - 1) < 0.01
+    assert 0 < half["kl_nats"] < 1e-3
+    assert half["same_top"] > 0.98
+    assert half["weight_mib"] == exact["weight_mib"]

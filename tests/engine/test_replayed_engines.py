@@ -1,6 +1,7 @@
 """Engines that replay their decode steps give the answers of engines that do not.
 
-These are tests of other files, as they are there, with every engine switched.
+These are tests of other files, as they are there, with every engine switched. One runs by default,
+since each takes as long as there; the others with `-m slow`.
 """
 
 from __future__ import annotations
@@ -13,18 +14,10 @@ from tests.engine.replays import Switched
 from tests.engine.test_engine import vocab
 from tests.engine.test_engine_cache import (
     test_every_further_turn_of_a_chat_begins_from_what_was_generated,
-    test_what_is_cached_equals_what_is_computed,
-)
-from tests.engine.test_engine_pages import test_poison_in_whatever_is_free_changes_no_text
-from tests.engine.test_engine_random import (
-    test_pool_accounting_and_answers_hold_after_random_operations,
 )
 
 __all__ = [
     "test_every_further_turn_of_a_chat_begins_from_what_was_generated",
-    "test_poison_in_whatever_is_free_changes_no_text",
-    "test_pool_accounting_and_answers_hold_after_random_operations",
-    "test_what_is_cached_equals_what_is_computed",
     "vocab",
 ]
 
