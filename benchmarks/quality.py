@@ -1,10 +1,14 @@
-"""What a number format of the weights costs in quality, beside float32 in the same run.
+"""What a number format of weights or states costs in quality, beside float32 in the same run.
 
     python -m benchmarks.quality [--texts FOLDER] [--save]
 
 Held-out documents of the embedded model (train/corpus.py says which), each from the zero state:
 bits per byte, how far logits are from those of float32, and how often the most probable token is
 the same. Then greedy answers from the beginnings of documents, until they part.
+
+"int8" computes in float32, "int8 + bfloat16" in bfloat16, on a CPU with matrices rounded to it:
+the GPU's kernel does not round them. With "float16 states" all tokens are fed one by one, so that
+states are rounded after each of them; a server rounds those of a prompt once in a chunk.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +27,7 @@ import config
 from benchmarks.record import finish
 from config import load_model as load_model_config
 from engine.kernels.backend import Batch
-from engine.model.rwkv7 import RWKV7
+from engine.model.rwkv7 import RWKV7, State
 from engine.model.weights import load_model
 from engine.tokenizer import Tokenizer
 from train import corpus
@@ -31,12 +35,26 @@ from train.data import read_jsonl
 
 CONFIG_DIR = Path(config.__file__).parent
 TEXTS = Path(__file__).parents[2] / "shared" / "assets" / "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """`dtype` is of all weights, or of those beside matrices of int8, and of activations."""
+
+    dtype: torch.dtype
+    is_int8: bool = False
+    has_half_states: bool = False
+
+
 FORMATS = {
-    "float32": (torch.float32, False),
-    "bfloat16": (torch.bfloat16, False),
-    "int8": (torch.float32, True),
+    "float32": Format(torch.float32),
+    "bfloat16": Format(torch.bfloat16),
+    "int8": Format(torch.float32, is_int8=True),
+    "int8 + bfloat16": Format(torch.bfloat16, is_int8=True),
+    "float16 states": Format(torch.float32, has_half_states=True),
 }
 PROMPT_LEN = 24
+Feed = Callable[[RWKV7, Sequence[list[int]], State], list[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,27 +77,54 @@ def held_out(folder: Path, num_each: int) -> list[str]:
 
 
 @torch.inference_mode()
-def read(model: RWKV7, documents: Sequence[list[int]], answer_len: int) -> Reading:
-    slots = torch.arange(len(documents))
-    state = model.new_state(len(documents), "cpu")
-    inputs = torch.tensor([token for ids in documents for token in (0, *ids[:-1])])
-    hidden_TC = model(inputs, Batch(tuple(map(len, documents)), slots, slots), state)
+def read(
+    model: RWKV7, documents: Sequence[list[int]], answer_len: int, *, has_half_states: bool
+) -> Reading:
+    inputs = [[0, *ids[:-1]] for ids in documents]
+    state = new_state(model, len(documents), is_half=has_half_states)
+    feed = feed_one_by_one if has_half_states else feed_whole
+    hidden_TC = torch.cat(feed(model, inputs, state))
     tensors = (*model.parameters(), *model.buffers())
     return Reading(
         logits_TV=model.head(hidden_TC).float(),
-        answers=greedy(model, [[0, *ids[:PROMPT_LEN]] for ids in documents], answer_len),
+        answers=greedy(model, [ids[: 1 + PROMPT_LEN] for ids in inputs], answer_len, feed, state),
         weight_bytes=sum(x.numel() * x.element_size() for x in tensors),
     )
 
 
+def new_state(model: RWKV7, num_slots: int, *, is_half: bool) -> State:
+    state = model.new_state(num_slots, "cpu")
+    return State(wkv=state.wkv.half(), shift=state.shift) if is_half else state
+
+
+def feed_whole(model: RWKV7, texts: Sequence[list[int]], state: State) -> list[Tensor]:
+    """Hidden rows [T, C] of each text."""
+    slots, lengths = torch.arange(len(texts)), tuple(map(len, texts))
+    tokens = torch.tensor([token for ids in texts for token in ids])
+    return list(model(tokens, Batch(lengths, slots, slots), state).split(lengths))
+
+
+def feed_one_by_one(model: RWKV7, texts: Sequence[list[int]], state: State) -> list[Tensor]:
+    """The same; the state is stored after each token."""
+    rows: list[list[Tensor]] = [[] for _ in texts]
+    for position in range(max(map(len, texts))):
+        running = [i for i, ids in enumerate(texts) if position < len(ids)]
+        tokens, slots = torch.tensor([texts[i][position] for i in running]), torch.tensor(running)
+        hidden_SC = model(tokens, Batch((1,) * len(running), slots, slots), state)
+        for i, row_C in zip(running, hidden_SC, strict=True):
+            rows[i].append(row_C)
+    return [torch.stack(each) for each in rows]
+
+
 @torch.inference_mode()
-def greedy(model: RWKV7, prompts: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
+def greedy(
+    model: RWKV7, prompts: Sequence[list[int]], num_tokens: int, feed: Feed, state: State
+) -> list[list[int]]:
+    """Answers to all prompts at once. The state is cleared first."""
+    state.wkv.zero_()
+    state.shift.zero_()
     slots = torch.arange(len(prompts))
-    state = model.new_state(len(prompts), "cpu")
-    lengths = tuple(map(len, prompts))
-    tokens = torch.tensor([token for ids in prompts for token in ids])
-    hidden = model(tokens, Batch(lengths, slots, slots), state)
-    last = hidden[torch.tensor(lengths).cumsum(0) - 1]
+    last = torch.stack([hidden_TC[-1] for hidden_TC in feed(model, prompts, state)])
     drawn = []
     for _ in range(num_tokens):
         drawn.append(model.head(last).argmax(-1))
@@ -122,8 +167,13 @@ def measure(
     targets_T = torch.tensor([token for ids in documents for token in ids])
     num_bytes = sum(len(text.encode()) for text in texts)
     readings = {
-        name: read(load_model(weights, cfg, "cpu", dtype, is_int8), documents, answer_len)
-        for name, (dtype, is_int8) in FORMATS.items()
+        name: read(
+            load_model(weights, cfg, "cpu", form.dtype, form.is_int8),
+            documents,
+            answer_len,
+            has_half_states=form.has_half_states,
+        )
+        for name, form in FORMATS.items()
     }
     return {
         name: compare(reading, readings["float32"], targets_T, num_bytes)
@@ -146,9 +196,9 @@ def main() -> None:
     texts = held_out(args.texts, args.documents)
     rows = measure(args.weights, args.model_cfg, args.vocab, texts, args.answer_len)
     names = list(rows["int8"])
-    print(f"{'':10}" + "".join(f"{name.split('_before')[0]:>16}" for name in names))
+    print(f"{'':16}" + "".join(f"{name.split('_before')[0]:>16}" for name in names))
     for label, row in rows.items():
-        print(f"{label:10}" + "".join(f"{row[name]:>16.5f}" for name in names))
+        print(f"{label:16}" + "".join(f"{row[name]:>16.5f}" for name in names))
     num_bytes = sum(len(text.encode()) for text in texts)
     finish("quality", {"num_documents": len(texts), "num_bytes": num_bytes, **rows}, save=args.save)
 

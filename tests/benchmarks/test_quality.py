@@ -1,4 +1,4 @@
-"""int8 and float16 states cost the embedded model next to nothing, measured by what the benchmark measures."""
+"""int8 and float16 states cost the embedded model next to nothing, by the benchmark's measures."""
 
 from __future__ import annotations
 
