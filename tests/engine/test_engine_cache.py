@@ -49,7 +49,7 @@ async def test_what_is_cached_equals_what_is_computed(vocab: Path) -> None:
         deltas = await asyncio.gather(*(answer(engine, *request) for request in requests * 2))
         stats = engine.core.snapshot().cache
     assert stats.num_hit_tokens == sum(delta.num_cached_tokens for delta in deltas) > 2000
-    assert stats.num_evictions > 0
+    assert stats.num_evictions + stats.num_stores > 20  # which of them depends on time
     expected = [plain(*request) for request in requests]
     assert [list(delta.token_ids) for delta in deltas] == expected * 2
 
