@@ -18,9 +18,10 @@ from engine.kernels.gpu.packed import CHUNK_LEN, PackedRows
 
 HEAD_SIZES = (16, 32, 64)  # states of larger heads do not fit the registers of a program
 
-# Of matrix products, and of the one that applies the inverse. "tf32" rounds operands to 11 bits,
-# more than the bfloat16 they come from; "ieee" does without tensor cores.
-# AMD's compiler knows neither everywhere, and its GPUs multiply float32.
+# Of matrix products, and of the one that applies the inverse. "tf32" keeps 11 bits of operands,
+# more than the bfloat16 they come from, and cuts off the rest; "ieee" does without tensor cores.
+# What each costs is in docs/architecture.md. AMD's compiler has not both, and its GPUs multiply
+# float32.
 IS_AMD = torch.version.hip is not None
 PRECISION, SOLVE_PRECISION = ("ieee", "ieee") if IS_AMD else ("tf32", "tf32x3")
 
