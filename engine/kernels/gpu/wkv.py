@@ -193,7 +193,7 @@ def launch_of(size: int, capability: tuple[int, int], value_block: int | None = 
 
 def gradient_warps(size: int, capability: tuple[int, int]) -> int:
     """Of programs for one chunk: what leaves nothing on the stack where rows are of 16 bits."""
-    return max(1, size // (16 if capability[0] == 8 else 8))
+    return max(1, size // (16 if capability == (8, 9) else 8))
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:

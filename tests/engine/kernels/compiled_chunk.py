@@ -11,7 +11,7 @@ from tests.engine.kernels.machine_code import CUDA, Case, Limits
 
 # A program of 61 KiB leaves room for three on a multiprocessor of sm_90, which no limit of
 # registers does. It holds a state and repeats nothing: 255 registers are meant to be used.
-LIMITS = Limits(shared_bytes=62 * 1024, wide_loads=4, wide_stores=2, matrix_products=36)
+LIMITS = Limits(shared_bytes=62 * 1024, wide_loads=6, wide_stores=1, matrix_products=28)
 BLACKWELL_CARDS = (120,)
 OTHERS = tuple(arch for arch in CUDA if arch not in BLACKWELL_CARDS)
 
@@ -95,13 +95,14 @@ def backward(row_type: str, size: int = 64, **types: str) -> list[Case]:
             num_warps,
             archs,
             # Rows of float32 are not what GPUs train on, and need a few registers more.
-            LIMITS._replace(stack_bytes=64 if row_type == "fp32" else 0),
+            LIMITS._replace(stack_bytes=stack_bytes if row_type == "fp32" else 0),
             N=size,
             **types,
         )
-        for num_warps, archs in (
-            (gradient_warps(size, (8, 0)), (80, 89)),
-            (gradient_warps(size, (9, 0)), (90, 100, 120)),
+        for num_warps, archs, stack_bytes in (
+            (gradient_warps(size, (8, 9)), (89,), 40),
+            (gradient_warps(size, (9, 0)), (80, 90, 100), 0),
+            (gradient_warps(size, (12, 0)), (120,), 8),
         )
     ]
     return [*chain, *gradients]
