@@ -166,8 +166,5 @@ class Backend(Protocol):
         factor: Tensor,
         step: AdamWStep,
     ) -> None:
-        """One step of AdamW on flat buffers in place, of gradients times `factor` on the device.
-
-        `grads` may be multiplied in place as well.
-        """
+        """One step of AdamW on flat buffers in place, of gradients times `factor` on the device."""
         ...

@@ -13,6 +13,8 @@ from torch.optim.adamw import adamw as fused_adamw
 from engine.kernels import optimizer
 from engine.kernels.optimizer import AdamWStep
 
+BLOCK = 2**18  # of clipped gradients at once: a mebibyte, which a core's cache holds
+
 
 def adamw(
     weights: Tensor,
@@ -22,20 +24,26 @@ def adamw(
     factor: Tensor,
     step: AdamWStep,
 ) -> None:
-    """One pass over all four buffers; `grads` are afterwards what they were times `factor`."""
+    """One pass over all four buffers; clipped gradients exist a block at a time."""
     if weights.device.type != "cpu" or weights.dtype != torch.float32:
-        return optimizer.adamw(weights, grads, exp_avg, exp_avg_sq, factor, step)
-    if factor.isnan():
-        return None
+        optimizer.adamw(weights, grads, exp_avg, exp_avg_sq, factor, step)
+    elif factor == 1:
+        _step(weights, grads, exp_avg, exp_avg_sq, step)
+    elif not factor.isnan():
+        buffers = (weights, grads, exp_avg, exp_avg_sq)
+        for w, g, m, v in zip(*(x.split(BLOCK) for x in buffers), strict=True):
+            _step(w, g * factor, m, v, step)  # the kernel's `grad_scale` would change `grads`
+
+
+def _step(w: Tensor, g: Tensor, m: Tensor, v: Tensor, step: AdamWStep) -> None:
     fused_adamw(
-        [weights],
-        [grads],
-        [exp_avg],
-        [exp_avg_sq],
+        [w],
+        [g],
+        [m],
+        [v],
         [],
         [torch.tensor(step.number - 1.0)],  # it adds the one
         fused=True,
-        grad_scale=None if factor == 1 else factor.reciprocal(),
         amsgrad=False,
         beta1=step.beta1,
         beta2=step.beta2,
@@ -44,4 +52,3 @@ def adamw(
         eps=step.eps,
         maximize=False,
     )
-    return None
