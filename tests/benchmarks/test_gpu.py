@@ -37,7 +37,7 @@ def test_every_section_gives_rows_and_none_fails(
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["figures"]["rows"] == rows
     checks = [row for row in rows if row["section"] == "correctness"]
-    assert len(checks) == 14
+    assert len(checks) == 15
     assert all(row["is_right"] for row in checks)
     (path,) = tmp_path.glob("*.md")
     lines = path.read_text().splitlines()
