@@ -80,6 +80,7 @@ def backward(row_type: str, size: int = 64, **types: str) -> list[Case]:
             row_type,
             launch.num_warps,
             archs,
+            LIMITS._replace(wide_loads=5 if size == 16 else LIMITS.wide_loads),
             N=size,
             V=launch.value_block,
             SOLVE_PRECISION=SOLVE_PRECISION,
