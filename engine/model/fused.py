@@ -18,7 +18,7 @@ from engine.kernels.backend import Batch
 from engine.kernels.cpu import records
 from engine.kernels.cpu.heads import SCRATCH_SIZES
 from engine.kernels.cpu.linear import MAX_CHUNK
-from engine.kernels.cpu.pack import PackedWeights, padded
+from engine.model.pack import PackedWeights, padded
 from engine.kernels.cpu.step import follow, lead, send_home
 from engine.kernels.cpu.team import NUM_WORDS
 from engine.kernels.cpu.tiles import BLOCK
