@@ -33,7 +33,7 @@ from benchmarks.reuse_cases import CASES, run_cases
 from benchmarks.served import Server, our_server
 from benchmarks.words import Words
 from config import ModelTable, load_infer
-from engine.engine import load
+from engine.loading import load
 from engine.model.weights import save_safetensors
 
 SECTIONS = ("engine", "cases", "chat", "trace", "costs")

@@ -25,7 +25,8 @@ import torch
 
 from benchmarks.record import finish
 from config import load_infer
-from engine.engine import Engine, build, load
+from engine.engine import Engine, build
+from engine.loading import load
 from engine.model.rwkv7 import RWKV7
 from engine.types import SamplingParams
 

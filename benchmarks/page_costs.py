@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from config import ModelTable, load_model
-from engine.engine import load, pick_device, pick_dtype
+from engine.loading import load, pick_device, pick_dtype
 from engine.model.rwkv7 import RWKV7
 from engine.plan import ZERO_SLOT, MoveKind, PageMove, Row, SeatStart, SlotRef, StepPlan
 from engine.runner import ModelRunner

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
 from io import BytesIO
@@ -23,12 +22,8 @@ from engine.core import EngineCore
 from engine.cuda_graph import CudaRecorder, Recorder
 from engine.errors import InvalidRequest, WeightsError
 from engine.grammar import GrammarCompiler
-from engine.kernels.backend import INT8_GROUP
-from engine.kernels.choice import choose_backend
 from engine.limits import limits_of
-from engine.model.quantize import can_quantize
-from engine.model.rwkv7 import RWKV7
-from engine.model.weights import dummy_model, fingerprint, load_model
+from engine.loading import load_served, pick_device, pick_layout
 from engine.plan import SlotRef
 from engine.runner import ModelRunner
 from engine.sampler import Sampler, choose_device_sampler
@@ -41,7 +36,6 @@ from engine.state.parts import StateParts
 from engine.state.storage import StateStorage
 from engine.state.tuned import load_tuned
 from engine.tokenizer import Tokenizer
-from engine.trial import take_backend
 from engine.types import (
     EngineRequest,
     ModelInfo,
@@ -63,15 +57,14 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
     a device, vocabulary or checkpoint that is not there or does not fit.
     """
     device = pick_device(table)
-    dtype = pick_dtype(table, device)
     tokenizer = Tokenizer.load(table.tokenizer_vocab_path)
-    model = load(table, device, dtype)
+    loaded = load_served(table, device)
+    model = loaded.model
     if tokenizer.vocab_size > model.dims.vocab_size:
         raise WeightsError(
             f"tokenizer_vocab_path: {table.tokenizer_vocab_path} has ids up to "
             f"{tokenizer.vocab_size - 1}, the model only {model.dims.vocab_size} tokens"
         )
-    take_backend(model, choose_backend(device, model.dims.head_size), device)
     layout = pick_layout(table, model)
     num_slots = table.resolved_num_state_slots
     num_frames = table.host_state_mib * MIB // layout.page_bytes
@@ -88,16 +81,15 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
         grammars=grammars,
         on_device=choose_device_sampler(num_seats, model.dims.vocab_size, device, banned_ids),
     )
-    num_threads = table.num_threads or max(1, (os.cpu_count() or 1) - 1)
     runner = ModelRunner(
         model,
         storage,
         sampler,
         table.max_batch_size,
-        num_threads,
+        loaded.torch_threads,
         pick_recorder(table, device),
     )
-    model_fingerprint = fingerprint(model)
+    model_fingerprint = loaded.fingerprint
     seed = seed_of(model_fingerprint, layout, tokenizer)
     page_format = PageFormat(layout, model_fingerprint, tokenizer.fingerprint)
     parts = StateParts(
@@ -110,7 +102,7 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
         model_name=table.model_name,
         num_parameters=model.num_parameters,
         device=str(device),
-        dtype="int8" if table.dtype == "int8" else str(dtype).removeprefix("torch."),
+        dtype=loaded.dtype,
         state_dtype=layout.wkv_dtype,
         num_slots=num_slots,
         page_bytes=layout.page_bytes,
@@ -193,62 +185,6 @@ def seed_of(model_fingerprint: str, layout: PageLayout, tokenizer: Tokenizer) ->
     """
     parts = (model_fingerprint, repr(layout), tokenizer.fingerprint)
     return blake2b("\n".join(parts).encode(), digest_size=32).digest()
-
-
-def pick_device(table: ModelTable) -> torch.device:
-    """`auto` takes the first listed CUDA device where there is one, else the CPU."""
-    has_cuda = torch.cuda.is_available()
-    if table.device_type == "cpu" or (table.device_type == "auto" and not has_cuda):
-        return torch.device("cpu")
-    index = table.device_ids[0]
-    if not has_cuda or index >= torch.cuda.device_count():
-        raise InvalidRequest(
-            f"models.{table.model_name}: device_type = {table.device_type!r}, device_ids = "
-            f"{list(table.device_ids)}, but this machine shows {torch.cuda.device_count()} CUDA "
-            'devices to torch; use device_type = "cpu" or another id',
-            field="device_type",
-        )
-    return torch.device("cuda", index)
-
-
-def pick_dtype(table: ModelTable, device: torch.device) -> torch.dtype:
-    """Of activations and of weights that are not quantized.
-
-    `auto` is float32 on the CPU, where half types are emulated and slower, else bfloat16; so it is
-    with `int8`.
-    """
-    if table.dtype in ("auto", "int8"):
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    dtype: torch.dtype = getattr(torch, table.dtype)
-    return dtype
-
-
-def pick_layout(table: ModelTable, model: RWKV7) -> PageLayout:
-    """`auto` is float32, which all else is computed in, or float64 for a float64 model."""
-    if table.state_dtype == "auto":
-        return model.layout
-    return replace(model.layout, wkv_dtype=table.state_dtype)
-
-
-def load(table: ModelTable, device: torch.device, dtype: torch.dtype) -> RWKV7:
-    """The weights of a model table, or random ones with `load_format = "dummy"`."""
-    is_int8 = table.dtype == "int8"
-    if is_int8:
-        _check_int8(table)
-    if table.load_format == "dummy":
-        return dummy_model(table.model, device, dtype, is_int8=is_int8)
-    assert table.weights_path is not None, "the config loader requires weights_path"
-    return load_model(table.weights_path, table.model, device, dtype, is_int8)
-
-
-def _check_int8(table: ModelTable) -> None:
-    for width in (table.model.embedded_dim, table.model.ffn_dim):
-        if not can_quantize(width):
-            raise InvalidRequest(
-                f"models.{table.model_name}: dtype = 'int8' needs widths that are multiples of "
-                f"{INT8_GROUP}, found {width} in model '{table.model.name}'; use another dtype",
-                field="dtype",
-            )
 
 
 def pick_recorder(table: ModelTable, device: torch.device) -> Callable[[], Recorder] | None:

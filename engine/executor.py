@@ -22,6 +22,7 @@ from engine.cuda_graph import Recorder, used_mib
 from engine.decode_graphs import DecodeGraphs
 from engine.kernels.backend import Batch
 from engine.model.rwkv7 import RWKV7
+from engine.model.served import ServedModel
 from engine.plan import ZERO_SLOT, Row, Scores, SeatStart, SlotRef, StepPlan
 from engine.sampler import Draws, Sampler
 from engine.state.storage import StateStorage
@@ -53,7 +54,7 @@ class StepExecutor:
     """All the tensors of one replica. Every call comes from one thread."""
 
     def __init__(
-        self, model: RWKV7, storage: StateStorage, sampler: Sampler, num_seats: int
+        self, model: ServedModel, storage: StateStorage, sampler: Sampler, num_seats: int
     ) -> None:
         self._model, self._storage, self._sampler = model, storage, sampler
         self._num_seats = num_seats
@@ -78,6 +79,7 @@ class StepExecutor:
         operation after the other."""
         device, started_s = self._storage.device, time.perf_counter()
         before_mib = used_mib(device)
+        assert isinstance(self._model, RWKV7), "only its kernels are recorded"
         try:
             self._graphs = DecodeGraphs(
                 self._model,
@@ -116,7 +118,8 @@ class StepExecutor:
         if decode and self._can_replay_draws(decode):
             drawn.append((decode, self._replay_draws(decode)))
             decode = []
-        parts = [self._forward(rows, found) for rows in (decode, prefill) if rows]
+        batches = [decode + prefill] if self._model.mixes_lengths else [decode, prefill]
+        parts = [self._forward(rows, found) for rows in batches if rows]
         if again:
             parts.append(self._kept_logits(again))
         rows = [row for row in decode + prefill + again if row.sample]

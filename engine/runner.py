@@ -17,7 +17,7 @@ import torch
 
 from engine.cuda_graph import Recorder
 from engine.executor import Read, StepExecutor
-from engine.model.rwkv7 import RWKV7
+from engine.model.served import ServedModel
 from engine.plan import StepPlan, StepResult
 from engine.sampler import Draws, Sampler
 from engine.state.storage import StateStorage
@@ -42,15 +42,15 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: RWKV7,
+        model: ServedModel,
         storage: StateStorage,
         sampler: Sampler,
         num_seats: int,
         num_threads: int = 1,
         make_recorder: Callable[[], Recorder] | None = None,
     ) -> None:
-        """`num_threads` compute on a CPU. More than there are idle cores is many times slower:
-        torch's threads wait for each other by spinning. With `make_recorder`, which is called on
+        """`num_threads` are torch's on a CPU. More than there are idle cores is many times slower:
+        they wait for each other by spinning. With `make_recorder`, which is called on
         the device's thread, decode steps are recorded and replayed."""
         self._num_threads = num_threads
         self._device = storage.device

@@ -18,10 +18,10 @@ from engine.kernels.backend import Batch
 from engine.kernels.cpu import records
 from engine.kernels.cpu.heads import SCRATCH_SIZES
 from engine.kernels.cpu.linear import MAX_CHUNK
-from engine.model.pack import PackedWeights, padded
 from engine.kernels.cpu.step import follow, lead, send_home
 from engine.kernels.cpu.team import NUM_WORDS
 from engine.kernels.cpu.tiles import BLOCK
+from engine.model.pack import PackedWeights, padded
 from engine.model.rwkv7 import ModelDims, State
 from engine.state.layout import PageLayout
 
@@ -31,6 +31,8 @@ MIN_ROWS = 16
 
 class FusedRWKV7:
     """One step at a time; every call comes from one thread."""
+
+    mixes_lengths = True  # a row is a row
 
     def __init__(self, dims: ModelDims, weights: PackedWeights, num_threads: int) -> None:
         self.dims = dims
@@ -45,12 +47,12 @@ class FusedRWKV7:
         self._reserve(MIN_ROWS)
         for thread in range(1, num_threads):
             threading.Thread(
-                target=follow,
-                args=(self._team.ctypes.data, thread, *self._arguments()),
+                target=_follow,
+                args=(self._team, thread, *self._arguments()),
                 name=f"model-{thread}",
                 daemon=True,
             ).start()
-        weakref.finalize(self, send_home, self._team.ctypes.data)
+        weakref.finalize(self, _send_home, self._team)
 
     @property
     def num_parameters(self) -> int:
@@ -97,9 +99,11 @@ class FusedRWKV7:
     def head(self, hidden_RC: Tensor) -> Tensor:
         """Logits [R, V] of hidden rows."""
         num_rows = hidden_RC.shape[0]
+        logits = torch.empty(num_rows, self.dims.vocab_size)
+        if num_rows == 0:
+            return logits
         self._reserve(num_rows)
         hidden_RC = hidden_RC.contiguous()
-        logits = torch.empty(num_rows, self.dims.vocab_size)
         run = self._run[0]
         run["job"], run["num_rows"] = records.HEAD, num_rows
         run["hidden"], run["logits"] = hidden_RC.data_ptr(), logits.data_ptr()
@@ -122,7 +126,9 @@ class FusedRWKV7:
 
     def _new_scratch(self) -> np.ndarray[Any, Any]:
         size = max(
-            MAX_CHUNK * BLOCK, 2 * padded(self.dims.embedded_dim), SCRATCH_SIZES * self.dims.head_size
+            MAX_CHUNK * BLOCK,
+            2 * padded(self.dims.embedded_dim),
+            SCRATCH_SIZES * self.dims.head_size,
         )
         size = padded(size)
         scratch = _zeros(self._num_threads * size, np.float32)
@@ -151,6 +157,15 @@ class FusedRWKV7:
             record["values"], record["scales"] = values.ctypes.data, scales.ctypes.data
             record["corrections"], record["stride"] = corrections.ctypes.data, stride
             self._buffers += [values, scales, corrections]
+
+
+def _follow(team: np.ndarray[Any, Any], thread: int, *arguments: Any) -> None:
+    """Holds what the compiled code has the addresses of."""
+    follow(team.ctypes.data, thread, *arguments)
+
+
+def _send_home(team: np.ndarray[Any, Any]) -> None:
+    send_home(team.ctypes.data)
 
 
 def _zeros(count: int, dtype: type) -> np.ndarray[Any, Any]:

@@ -149,7 +149,9 @@ class _Packer:
             prefix = f"blocks.{index}."
             for name, source in VECTOR_NAMES.items():
                 if index > 0 or name != "v0":
-                    yield from self._vector(self._layers[index], name, self._tensors[prefix + source])
+                    yield from self._vector(
+                        self._layers[index], name, self._tensors[prefix + source]
+                    )
             mus = [self._tensors[f"{prefix}att.{name}"] for name in MUS]
             yield from self._vector(self._layers[index], "mus", *mus)
             for place, name in enumerate(MATRIX_NAMES):

@@ -201,6 +201,7 @@ class RWKV7(nn.Module):
     def __init__(self, dims: ModelDims) -> None:
         super().__init__()
         self.dims = dims
+        self.mixes_lengths = False  # single tokens take one step, prompts the chunked form
         self._kernels: Backend = reference
         self.emb = nn.Embedding(dims.vocab_size, dims.embedded_dim)
         self.blocks = nn.ModuleList(Block(dims, layer) for layer in range(dims.num_cells))

@@ -132,24 +132,16 @@ def check_config(dims: ModelDims, cfg: ModelConfig, source: Path | str) -> None:
         )
 
 
-def load_model(
-    path: Path,
-    cfg: ModelConfig,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    is_int8: bool = False,
-) -> RWKV7:
-    """A module with the file's weights on `device` in `dtype`, ready for inference.
+def read_checkpoint(path: Path, cfg: ModelConfig) -> tuple[ModelDims, dict[str, Tensor]]:
+    """All tensors of a model by official name, in their official shapes, memory-mapped.
 
-    With `is_int8` its matrices are quantized, one by one as they are read; all else, activations
-    included, is of `dtype`.
+    What block 0 has and never uses is zeros. Raises WeightsError for a file that does not fit.
     """
     tensors = load_checkpoint(path)
     dims = dims_of(tensors, path)
     check_config(dims, cfg, path)
     with torch.device("meta"):
-        model = RWKV7(dims)
-    expected = model.state_dict()
+        expected = RWKV7(dims).state_dict()
     _fill_unused(tensors, expected)
     missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or extra:
@@ -162,11 +154,35 @@ def load_model(
             raise WeightsError(
                 f"{path}: {name} has shape {tuple(shape)}, expected {tuple(meta.shape)}"
             )
-    named = ((name, tensors[name].reshape(meta.shape)) for name, meta in expected.items())
+    return dims, {name: tensors[name].reshape(meta.shape) for name, meta in expected.items()}
+
+
+def load_model(
+    path: Path,
+    cfg: ModelConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    is_int8: bool = False,
+) -> RWKV7:
+    """A module with the file's weights on `device` in `dtype`, ready for inference.
+
+    With `is_int8` its matrices are quantized, one by one as they are read; all else, activations
+    included, is of `dtype`.
+    """
+    dims, tensors = read_checkpoint(path, cfg)
+    with torch.device("meta"):
+        model = RWKV7(dims)
     try:
-        return _with_weights(model, named, device, dtype, is_int8)
+        return _with_weights(model, tensors.items(), device, dtype, is_int8)
     except ValueError as error:
         raise WeightsError(f"{path}: {error}; use another dtype than int8") from error
+
+
+def dummy_tensors(cfg: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
+    """The weights of `dummy_model`, by name, in bfloat16 as checkpoints are."""
+    with torch.device("meta"):
+        expected = RWKV7(ModelDims.from_config(cfg)).state_dict()
+    return dict(_random_weights(expected, "cpu", torch.bfloat16, seed))
 
 
 def dummy_model(
@@ -228,10 +244,13 @@ def _with_weights(
     return model.requires_grad_(False).eval()
 
 
-def fingerprint(model: RWKV7) -> str:
-    """16 hex digits that change with any weight matrix, shape or dtype of the loaded model."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(model.state_dict().items()):
+def fingerprint(tensors: Mapping[str, Tensor], kind: str = "") -> str:
+    """16 hex digits that change with any weight matrix, shape or dtype of a model.
+
+    `kind` is whatever else tells its results from those of another with the same weights.
+    """
+    digest = hashlib.blake2b(kind.encode(), digest_size=8)
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         flat = tensor.reshape(-1)
         step = max(1, flat.numel() // FINGERPRINT_SAMPLES)

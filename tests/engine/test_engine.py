@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from config.schema import ModelConfig, ModelTable
-from engine.engine import Engine, build, pick_device
+from engine.engine import Engine, build
 from engine.errors import EngineError, InvalidRequest, WeightsError
+from engine.loading import pick_device
 from engine.model.rwkv7 import Batch
 from engine.model.weights import dummy_model
 from engine.runner import ModelRunner

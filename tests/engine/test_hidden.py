@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.engine import load
 from engine.errors import InvalidRequest
+from engine.loading import load
 from engine.model.rwkv7 import RWKV7, Batch
 from engine.types import EngineRequest, FinishReason, OutputDelta, SamplingParams, StateOptions
 from tests.engine.device import GREEDY, decode, make_device, prefill, random_model, start

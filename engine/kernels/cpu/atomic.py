@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from engine.kernels.cpu.vector import I8, I32, I64, pointer
+from engine.kernels.cpu.vector import I32, pointer
 
 _FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0)  # numbers of the system call
 HAS_FUTEX = sys.platform == "linux" and _FUTEX > 0
@@ -18,9 +18,7 @@ WAIT_PRIVATE, WAKE_PRIVATE = 128, 129
 ALL = 1 << 30
 _PAUSES = {"x86_64": "llvm.x86.sse2.pause", "AMD64": "llvm.x86.sse2.pause"}
 
-_syscall = types.ExternalFunction(
-    "syscall", types.int64(*(types.int64 for _ in range(7)))
-)
+_syscall = types.ExternalFunction("syscall", types.int64(*(types.int64 for _ in range(7))))
 _yield = types.ExternalFunction("sched_yield", types.int32())
 
 
@@ -30,7 +28,9 @@ def atomic_add(typing: Any, address: Any, offset: Any, value: Any) -> Any:
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         address, offset, value = args
-        return builder.atomic_rmw("add", pointer(builder, address, offset, I32, 4), value, "seq_cst")
+        return builder.atomic_rmw(
+            "add", pointer(builder, address, offset, I32, 4), value, "seq_cst"
+        )
 
     return types.int32(types.int64, types.int64, types.int32), emit
 
@@ -38,7 +38,7 @@ def atomic_add(typing: Any, address: Any, offset: Any, value: Any) -> Any:
 @intrinsic
 def atomic_load(typing: Any, address: Any, offset: Any) -> Any:
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.load_atomic(pointer(builder, *args, I32, 4), "seq_cst", 4)
+        return builder.load_atomic(pointer(builder, args[0], args[1], I32, 4), "seq_cst", 4)
 
     return types.int32(types.int64, types.int64), emit
 
@@ -70,21 +70,21 @@ def pause(typing: Any) -> Any:
 if HAS_FUTEX:
 
     @njit(cache=True, nogil=True)
-    def sleep_while(address, offset, value):  # type: ignore[no-untyped-def]
+    def sleep_while(address, offset, value):
         """Until the int32 is another one, or for no reason at all."""
         _syscall(_FUTEX, address + 4 * offset, WAIT_PRIVATE, value, 0, 0, 0)
 
     @njit(cache=True, nogil=True)
-    def wake_all(address, offset):  # type: ignore[no-untyped-def]
+    def wake_all(address, offset):
         _syscall(_FUTEX, address + 4 * offset, WAKE_PRIVATE, ALL, 0, 0, 0)
 
 else:
 
     @njit(cache=True, nogil=True)
-    def sleep_while(address, offset, value):  # type: ignore[no-untyped-def]
+    def sleep_while(address, offset, value):
         """Lets others have the processor."""
         _yield()
 
     @njit(cache=True, nogil=True)
-    def wake_all(address, offset):  # type: ignore[no-untyped-def]
+    def wake_all(address, offset):
         """Nobody sleeps."""

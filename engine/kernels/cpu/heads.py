@@ -36,13 +36,13 @@ SCALE, EPS, KEY_EPS = float32(DECAY_SCALE), float32(GROUP_NORM_EPS), float32(KEY
 
 
 @njit(cache=True, nogil=True)
-def heads_of_unit(head_size):  # type: ignore[no-untyped-def]
+def heads_of_unit(head_size):
     """Heads that are done together, since int8 rows are rounded 64 values at a time."""
     return max(1, 64 // head_size)
 
 
 @njit(cache=True, nogil=True)
-def mix_heads(model, layer, index, run, rows, seq, unit, scratch):  # type: ignore[no-untyped-def]
+def mix_heads(model, layer, index, run, rows, seq, unit, scratch):
     """All tokens of a sequence through the heads of a unit."""
     size = model.head_size
     first = unit * heads_of_unit(size)
@@ -53,7 +53,18 @@ def mix_heads(model, layer, index, run, rows, seq, unit, scratch):  # type: igno
     target = run.wkv + 4 * (load_int64(run.dst, seq) * run.wkv_slot + layer_at)
     for head in range(first, last):
         state_at = 4 * head * size * size
-        _mix_head(model, layer, index, run, head, begin, end, source + state_at, target + state_at, scratch)
+        _mix_head(
+            model,
+            layer,
+            index,
+            run,
+            head,
+            begin,
+            end,
+            source + state_at,
+            target + state_at,
+            scratch,
+        )
     for row in range(begin, end):
         y = run.r + 4 * row * model.padded
         for i in range(first * size, last * size, 64):
@@ -62,7 +73,7 @@ def mix_heads(model, layer, index, run, rows, seq, unit, scratch):  # type: igno
 
 
 @njit(cache=True, nogil=True)
-def _mix_head(model, layer, index, run, head, begin, end, source, target, scratch):  # type: ignore[no-untyped-def]
+def _mix_head(model, layer, index, run, head, begin, end, source, target, scratch):
     size = model.head_size
     token_bytes = 4 * NUM_OF_TOKEN * size
     here, there = scratch, scratch + token_bytes
@@ -82,7 +93,7 @@ def _mix_head(model, layer, index, run, head, begin, end, source, target, scratc
 
 
 @njit(cache=True, nogil=True)
-def _prepare(model, layer, index, run, head, row, token):  # type: ignore[no-untyped-def]
+def _prepare(model, layer, index, run, head, row, token):
     """Decay, key, a, b, r and v of a token; returns the bonus, sum of r * k * r_k."""
     size = model.head_size
     c = head * size
@@ -123,7 +134,7 @@ def _prepare(model, layer, index, run, head, row, token):  # type: ignore[no-unt
 
 
 @njit(cache=True, nogil=True)
-def _read(state, size, a, u):  # type: ignore[no-untyped-def]
+def _read(state, size, a, u):
     """u = S^T a."""
     width = 64 if size % 64 == 0 else 16
     for column in range(0, size, width):
@@ -148,12 +159,12 @@ def _read(state, size, a, u):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _moved(state, at, w, b, k, u, v):  # type: ignore[no-untyped-def]
+def _moved(state, at, w, b, k, u, v):
     return fma(load(state, at), w, fma(u, b, v * k))
 
 
 @njit(cache=True, nogil=True)
-def _advance(source, target, size, token, following, u, y):  # type: ignore[no-untyped-def]
+def _advance(source, target, size, token, following, u, y):
     """S and y of a token, and u of the following one."""
     ks, bs, rs = token + 4 * KEYS * size, token + 4 * B * size, token + 4 * R * size
     v, a = token + 4 * V * size, following + 4 * A * size
@@ -202,7 +213,7 @@ def _advance(source, target, size, token, following, u, y):  # type: ignore[no-u
 
 
 @njit(cache=True, nogil=True)
-def _finish(source, target, size, token, u, y):  # type: ignore[no-untyped-def]
+def _finish(source, target, size, token, u, y):
     """S and y of the last token."""
     ks, bs, rs = token + 4 * KEYS * size, token + 4 * B * size, token + 4 * R * size
     v = token + 4 * V * size
@@ -243,7 +254,7 @@ def _finish(source, target, size, token, u, y):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _read_out(model, layer, run, head, row, bonus, v, y):  # type: ignore[no-untyped-def]
+def _read_out(model, layer, run, head, row, bonus, v, y):
     """Group norm of y, plus the bonus times v, times the gate: in place of the receptance."""
     size = model.head_size
     c = head * size

@@ -15,11 +15,8 @@ from engine.kernels.cpu.tiles import (
     int8_tile,
 )
 from engine.kernels.cpu.vector import (
-    as_float,
-    fma,
     larger,
     largest,
-    load,
     magnitude_bits,
     rounded,
     splat,
@@ -38,7 +35,7 @@ LARGEST = 127.0
 
 
 @njit(cache=True, nogil=True)
-def chunk_rows(kind, num_rows, num_inputs):  # type: ignore[no-untyped-def]
+def chunk_rows(kind, num_rows, num_inputs):
     """Rows that go through a block together: few enough to stay in the cache."""
     if num_rows <= MIN_CHUNK:
         return num_rows
@@ -49,7 +46,7 @@ def chunk_rows(kind, num_rows, num_inputs):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def multiply(kind, matrix, block, rows, first, count, out):  # type: ignore[no-untyped-def]
+def multiply(kind, matrix, block, rows, first, count, out):
     """Rows `first` and on, times a block: float32 [count, 64] at `out`."""
     for i in range(0, count * BLOCK, 16):
         store(out, i, splat(0.0))
@@ -89,7 +86,7 @@ def multiply(kind, matrix, block, rows, first, count, out):  # type: ignore[no-u
 
 
 @njit(cache=True, nogil=True)
-def put(kind, rows, row, group, a, b, c, d):  # type: ignore[no-untyped-def]
+def put(kind, rows, row, group, a, b, c, d):
     """64 values of a row, at column 64 * group: as they are, or as int8 with a scale.
 
     A value that is not finite makes a scale that is not, so no row gets sound by rounding.

@@ -13,7 +13,7 @@ EPS = 1e-5
 
 
 @njit(cache=True, nogil=True)
-def layer_norm(x, channels, padded, weight, bias, out):  # type: ignore[no-untyped-def]
+def layer_norm(x, channels, padded, weight, bias, out):
     """One row; where the weights are padded with zeros, so is what comes out."""
     sums = splat(0.0)
     for i in range(0, channels, 16):
@@ -30,7 +30,7 @@ def layer_norm(x, channels, padded, weight, bias, out):  # type: ignore[no-untyp
 
 
 @njit(cache=True, nogil=True)
-def mix(kind, x, previous, mu, padded, rows, row):  # type: ignore[no-untyped-def]
+def mix(kind, x, previous, mu, padded, rows, row):
     """x + (previous - x) * mu, as one row that a matrix will multiply."""
     for group in range(padded // 64):
         i = 64 * group
@@ -47,6 +47,6 @@ def mix(kind, x, previous, mu, padded, rows, row):  # type: ignore[no-untyped-de
 
 
 @njit(forceinline=True)
-def _moved(x, previous, mu, i):  # type: ignore[no-untyped-def]
+def _moved(x, previous, mu, i):
     value = load(x, i)
     return fma(load(previous, i) - value, load(mu, i), value)

@@ -13,14 +13,12 @@ from engine.kernels.cpu.linear import chunk_rows, multiply, put
 from engine.kernels.cpu.norm import layer_norm, mix
 from engine.kernels.cpu.records import (
     A1,
-    A2,
     FFN_HIDDEN,
     FFN_KEY,
     FFN_MIXED,
     FFN_VALUE,
     FLOAT32,
     G1,
-    G2,
     HEAD,
     KEY,
     LAST,
@@ -38,8 +36,6 @@ from engine.kernels.cpu.records import (
     RANK_W,
     READ,
     RECEPTANCE,
-    V1,
-    V2,
     VALUE,
     W1,
     W2,
@@ -60,7 +56,7 @@ from engine.kernels.cpu.vector import (
 
 
 @njit(cache=True, nogil=True)
-def follow(team, thread, num_threads, model, layers, matrices, rows, run):  # type: ignore[no-untyped-def]
+def follow(team, thread, num_threads, model, layers, matrices, rows, run):
     """A member of the team, until it is dismissed."""
     job = 0
     while True:
@@ -71,19 +67,19 @@ def follow(team, thread, num_threads, model, layers, matrices, rows, run):  # ty
 
 
 @njit(cache=True, nogil=True)
-def lead(team, num_threads, model, layers, matrices, rows, run):  # type: ignore[no-untyped-def]
+def lead(team, num_threads, model, layers, matrices, rows, run):
     """Do the job in `run`, with the others."""
     announce(team)
     _work(team, 0, num_threads, model[0], layers, matrices, rows, run[0])
 
 
 @njit(cache=True, nogil=True)
-def send_home(team):  # type: ignore[no-untyped-def]
+def send_home(team):
     dismiss(team)
 
 
 @njit(cache=True, nogil=True)
-def _work(team, thread, num_threads, model, layers, matrices, rows, run):  # type: ignore[no-untyped-def]
+def _work(team, thread, num_threads, model, layers, matrices, rows, run):
     scratch = run.scratch + 4 * thread * run.scratch_size
     if run.job == HEAD:
         _prepare_head(team, model, rows[LAST], run)
@@ -117,7 +113,7 @@ def _work(team, thread, num_threads, model, layers, matrices, rows, run):  # typ
 
 
 @njit(cache=True, nogil=True)
-def _embed(team, model, run, scratch):  # type: ignore[no-untyped-def]
+def _embed(team, model, run, scratch):
     """x = ln0(emb[token])."""
     while True:
         row = next_item(team)
@@ -134,14 +130,14 @@ def _embed(team, model, run, scratch):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _shift_at(model, run, slots, seq, index, which):  # type: ignore[no-untyped-def]
+def _shift_at(model, run, slots, seq, index, which):
     """Address of the token before a sequence, or of its last one."""
     layer_at = (2 * index + which) * model.channels
     return run.shift + 4 * (load_int64(slots, seq) * run.shift_slot + layer_at)
 
 
 @njit(cache=True, nogil=True)
-def _normed_rows(model, layer, index, which, run, seq, row, scratch):  # type: ignore[no-untyped-def]
+def _normed_rows(model, layer, index, which, run, seq, row, scratch):
     """Normalised: this token at `scratch`, and the address of the one before.
 
     The one before is normalised again, which costs less than to wait for who has done it.
@@ -167,7 +163,7 @@ def _normed_rows(model, layer, index, which, run, seq, row, scratch):  # type: i
 
 
 @njit(cache=True, nogil=True)
-def _sequence_of(run, row):  # type: ignore[no-untyped-def]
+def _sequence_of(run, row):
     low, high = 0, run.num_seqs
     while high - low > 1:
         middle = (low + high) // 2
@@ -179,7 +175,7 @@ def _sequence_of(run, row):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _mix_tokens(team, model, layer, index, rows, run, scratch):  # type: ignore[no-untyped-def]
+def _mix_tokens(team, model, layer, index, rows, run, scratch):
     while True:
         row = next_item(team)
         if row >= run.num_rows:
@@ -192,7 +188,7 @@ def _mix_tokens(team, model, layer, index, rows, run, scratch):  # type: ignore[
 
 
 @njit(cache=True, nogil=True)
-def _mix_channels(team, model, layer, index, rows, run, scratch):  # type: ignore[no-untyped-def]
+def _mix_channels(team, model, layer, index, rows, run, scratch):
     while True:
         row = next_item(team)
         if row >= run.num_rows:
@@ -203,7 +199,7 @@ def _mix_channels(team, model, layer, index, rows, run, scratch):  # type: ignor
 
 
 @njit(cache=True, nogil=True)
-def _keep_last(model, run, seq, index, which):  # type: ignore[no-untyped-def]
+def _keep_last(model, run, seq, index, which):
     """The last token of a sequence into its slot, now that nobody reads the one before."""
     kept = _shift_at(model, run, run.dst, seq, index, which)
     last = (run.last_ffn if which else run.last) + 4 * seq * model.padded
@@ -212,7 +208,7 @@ def _keep_last(model, run, seq, index, which):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _project(team, model, matrices, first, index, rows, run, scratch):  # type: ignore[no-untyped-def]
+def _project(team, model, matrices, first, index, rows, run, scratch):
     """Receptance, key and value, and the way into the ranks. The first layer has no V1."""
     num_inputs = model.padded
     size = chunk_rows(model.kind, run.num_rows, num_inputs)
@@ -263,7 +259,7 @@ def _project(team, model, matrices, first, index, rows, run, scratch):  # type: 
 
 
 @njit(cache=True, nogil=True)
-def _copy(scratch, begin, count, block, out, stride):  # type: ignore[no-untyped-def]
+def _copy(scratch, begin, count, block, out, stride):
     for r in range(count):
         at = (begin + r) * stride + 64 * block
         for i in range(0, 64, 16):
@@ -271,15 +267,20 @@ def _copy(scratch, begin, count, block, out, stride):  # type: ignore[no-untyped
 
 
 @njit(cache=True, nogil=True)
-def _put_all(kind, scratch, begin, count, block, rows):  # type: ignore[no-untyped-def]
+def _put_all(kind, scratch, begin, count, block, rows):
     for r in range(count):
         i = 64 * r
-        a, b, c, d = load(scratch, i), load(scratch, i + 16), load(scratch, i + 32), load(scratch, i + 48)
+        a, b, c, d = (
+            load(scratch, i),
+            load(scratch, i + 16),
+            load(scratch, i + 32),
+            load(scratch, i + 48),
+        )
         put(kind, rows, begin + r, block, a, b, c, d)
 
 
 @njit(cache=True, nogil=True)
-def _leave_ranks(team, model, matrices, first, index, rows, run, scratch):  # type: ignore[no-untyped-def]
+def _leave_ranks(team, model, matrices, first, index, rows, run, scratch):
     """Decay, rate, gate and value residual before their sigmoids, and the kept last tokens."""
     num_ways = 3 if index == 0 else 4
     blocks = model.padded // 64
@@ -308,7 +309,7 @@ def _leave_ranks(team, model, matrices, first, index, rows, run, scratch):  # ty
 
 
 @njit(cache=True, nogil=True)
-def _recur(team, num_threads, model, layer, index, rows, run, scratch):  # type: ignore[no-untyped-def]
+def _recur(team, num_threads, model, layer, index, rows, run, scratch):
     units = (model.num_heads + heads_of_unit(model.head_size) - 1) // heads_of_unit(model.head_size)
     num_units = units * run.num_seqs
     size = max(1, num_units // (16 * num_threads)) if run.num_rows == run.num_seqs else 1
@@ -321,7 +322,7 @@ def _recur(team, num_threads, model, layer, index, rows, run, scratch):  # type:
 
 
 @njit(cache=True, nogil=True)
-def _add(team, model, matrix, rows, run, scratch):  # type: ignore[no-untyped-def]
+def _add(team, model, matrix, rows, run, scratch):
     """x += rows times a matrix."""
     size = chunk_rows(model.kind, run.num_rows, matrix.num_inputs)
     num_items = (run.num_rows + size - 1) // size * matrix.num_blocks
@@ -339,7 +340,7 @@ def _add(team, model, matrix, rows, run, scratch):  # type: ignore[no-untyped-de
 
 
 @njit(cache=True, nogil=True)
-def _hidden(team, model, matrix, index, rows, run, scratch):  # type: ignore[no-untyped-def]
+def _hidden(team, model, matrix, index, rows, run, scratch):
     """Squared ReLU of the channel mix, and the kept last tokens."""
     size = chunk_rows(model.kind, run.num_rows, matrix.num_inputs)
     num_items = (run.num_rows + size - 1) // size * matrix.num_blocks
@@ -361,7 +362,7 @@ def _hidden(team, model, matrix, index, rows, run, scratch):  # type: ignore[no-
 
 
 @njit(cache=True, nogil=True)
-def _leave(team, model, run, scratch):  # type: ignore[no-untyped-def]
+def _leave(team, model, run, scratch):
     """The hidden rows that the caller gets."""
     while True:
         row = next_item(team)
@@ -369,13 +370,11 @@ def _leave(team, model, run, scratch):  # type: ignore[no-untyped-def]
             return
         x = run.x + 4 * row * model.padded
         out = run.hidden + 4 * row * model.channels
-        layer_norm(
-            x, model.channels, model.channels, model.ln_out_weight, model.ln_out_bias, out
-        )
+        layer_norm(x, model.channels, model.channels, model.ln_out_weight, model.ln_out_bias, out)
 
 
 @njit(cache=True, nogil=True)
-def _prepare_head(team, model, rows, run):  # type: ignore[no-untyped-def]
+def _prepare_head(team, model, rows, run):
     while True:
         row = next_item(team)
         if row >= run.num_rows:
@@ -392,7 +391,7 @@ def _prepare_head(team, model, rows, run):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _head(team, model, matrix, rows, run, scratch):  # type: ignore[no-untyped-def]
+def _head(team, model, matrix, rows, run, scratch):
     """Logits; the last block may be wider than the vocabulary."""
     size = chunk_rows(model.kind, run.num_rows, matrix.num_inputs)
     num_items = (run.num_rows + size - 1) // size * matrix.num_blocks

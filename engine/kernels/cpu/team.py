@@ -27,13 +27,13 @@ SPINS = 2000  # some 30 microseconds
 
 
 @njit(cache=True, nogil=True)
-def next_item(team):  # type: ignore[no-untyped-def]
+def next_item(team):
     """A number nobody else gets in this phase, from 0."""
     return atomic_add(team, ITEM, 1)
 
 
 @njit(cache=True, nogil=True)
-def meet(team, num_threads):  # type: ignore[no-untyped-def]
+def meet(team, num_threads):
     """Go on when all have come; items count from 0 again."""
     phase = atomic_load(team, PHASE)
     if atomic_add(team, ARRIVED, 1) == num_threads - 1:
@@ -47,7 +47,7 @@ def meet(team, num_threads):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _wait(team, word, value, sleepers):  # type: ignore[no-untyped-def]
+def _wait(team, word, value, sleepers):
     """Until a word is no longer `value`."""
     for _ in range(SPINS):
         if atomic_load(team, word) != value:
@@ -60,14 +60,14 @@ def _wait(team, word, value, sleepers):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def await_job(team, last):  # type: ignore[no-untyped-def]
+def await_job(team, last):
     """The number of the job after `last`, or -1 when there will be none."""
     _wait(team, JOB, last, JOB_SLEEPERS)
     return -1 if atomic_load(team, STOPPED) else last + 1
 
 
 @njit(cache=True, nogil=True)
-def announce(team):  # type: ignore[no-untyped-def]
+def announce(team):
     """There is a job. It wraps around after 2**32 of them, as `await_job` does."""
     atomic_add(team, JOB, 1)
     if atomic_load(team, JOB_SLEEPERS) > 0:
@@ -75,7 +75,7 @@ def announce(team):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def dismiss(team):  # type: ignore[no-untyped-def]
+def dismiss(team):
     """Send everybody home."""
     atomic_store(team, STOPPED, 1)
     announce(team)

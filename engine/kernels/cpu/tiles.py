@@ -50,7 +50,9 @@ def _i64(value: int) -> Any:
     return ir.Constant(I64, value)
 
 
-def _counted(builder: Any, count: Any, carried: list[Any], body: Callable[..., list[Any]]) -> list[Any]:
+def _counted(
+    builder: Any, count: Any, carried: list[Any], body: Callable[..., list[Any]]
+) -> list[Any]:
     """for i in range(count), values carried from turn to turn; count is at least 1."""
     before, loop = builder.block, builder.append_basic_block("loop")
     builder.branch(loop)
@@ -75,7 +77,9 @@ def _by_rows(max_rows: int, emit: Emit, num_args: int) -> Any:
     """An intrinsic whose first argument, 1 to `max_rows`, picks the code for so many rows."""
 
     @intrinsic
-    def tile(typing: Any, rows: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
+    def tile(
+        typing: Any, rows: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any
+    ) -> Any:
         def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             rows, *others = args
             cases = [builder.append_basic_block(f"rows{n}") for n in range(1, max_rows + 1)]
@@ -237,7 +241,12 @@ def _int8_tile(builder: Any, rows: int, args: tuple[Any, ...]) -> None:
     for first in range(0, VECTORS, vectors):
         places = _outputs(builder, out, rows, first, vectors)
 
-        def body(group: Any, carried: list[Any], first: int = first) -> list[Any]:
+        def body(
+            group: Any,
+            carried: list[Any],
+            first: int = first,
+            places: list[Any] = places,
+        ) -> list[Any]:
             sums: list[Any] = []
             for r in range(rows):
                 start = constant(I32_VECTOR, 0)

@@ -45,7 +45,7 @@ def _operator(symbol: Any, kind: Vector, emit: str) -> None:
     @infer_global(symbol)
     class _Template(ConcreteTemplate):  # type: ignore[misc]
         key = symbol
-        cases = [signature(kind, kind, kind)]
+        cases = (signature(kind, kind, kind),)
 
     @lower_builtin(symbol, kind, kind)
     def _lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -94,7 +94,7 @@ def load(typing: Any, address: Any, offset: Any) -> Any:
     """16 float32 at `address`, `offset` float32 further on."""
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return load_at(builder, pointer(builder, *args, F32_VECTOR, 4))
+        return load_at(builder, pointer(builder, args[0], args[1], F32_VECTOR, 4))
 
     return f32x16(types.int64, types.int64), emit
 
@@ -115,7 +115,9 @@ def load_splat(typing: Any, address: Any, offset: Any) -> Any:
     """One float32 of memory in all lanes."""
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return splat_of(builder, load_at(builder, pointer(builder, *args, F32, 4)), F32_VECTOR)
+        return splat_of(
+            builder, load_at(builder, pointer(builder, args[0], args[1], F32, 4)), F32_VECTOR
+        )
 
     return f32x16(types.int64, types.int64), emit
 
@@ -123,7 +125,7 @@ def load_splat(typing: Any, address: Any, offset: Any) -> Any:
 @intrinsic
 def load_scalar(typing: Any, address: Any, offset: Any) -> Any:
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return load_at(builder, pointer(builder, *args, F32, 4))
+        return load_at(builder, pointer(builder, args[0], args[1], F32, 4))
 
     return types.float32(types.int64, types.int64), emit
 
@@ -153,7 +155,7 @@ def store_int(typing: Any, address: Any, offset: Any, value: Any) -> Any:
 @intrinsic
 def load_int64(typing: Any, address: Any, offset: Any) -> Any:
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return load_at(builder, pointer(builder, *args, I64, 8), 8)
+        return load_at(builder, pointer(builder, args[0], args[1], I64, 8), 8)
 
     return types.int64(types.int64, types.int64), emit
 
@@ -205,7 +207,9 @@ def _across(builder: Any, value: Any, join: Any) -> Any:
         count //= 2
         lanes = ir.VectorType(I32, count)
         low = builder.shuffle_vector(value, value, ir.Constant(lanes, list(range(count))))
-        high = builder.shuffle_vector(value, value, ir.Constant(lanes, list(range(count, 2 * count))))
+        high = builder.shuffle_vector(
+            value, value, ir.Constant(lanes, list(range(count, 2 * count)))
+        )
         value = join(low, high)
     return builder.extract_element(value, ir.Constant(I32, 0))
 
@@ -327,7 +331,7 @@ def prefetch_at(builder: Any, address: Any) -> None:
 
 
 @njit(forceinline=True)
-def exp(x):  # type: ignore[no-untyped-def]
+def exp(x):
     """To 2 units in the last place; below -87 and above 88 as if at them; NaN of NaN.
 
     e^x = 2^n e^r with |r| <= ln(2)/2; the polynomial is that of Cephes (expf.c).
@@ -347,13 +351,13 @@ def exp(x):  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def sigmoid(x):  # type: ignore[no-untyped-def]
+def sigmoid(x):
     one = splat(1.0)
     return one / (one + exp(splat(0.0) - x))
 
 
 @njit(forceinline=True)
-def tanh(x):  # type: ignore[no-untyped-def]
+def tanh(x):
     """2 sigmoid(2x) - 1: to 1e-7 absolutely, which is what a product with it feels."""
     return fma(splat(2.0), sigmoid(x + x), splat(-1.0))
 
@@ -364,7 +368,7 @@ def load_bfloat16(typing: Any, address: Any, offset: Any) -> Any:
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         kind = ir.VectorType(ir.IntType(16), LANES)
-        halves = load_at(builder, pointer(builder, *args, kind, 2), 2)
+        halves = load_at(builder, pointer(builder, args[0], args[1], kind, 2), 2)
         words = builder.shl(builder.zext(halves, I32_VECTOR), constant(I32_VECTOR, 16))
         return builder.bitcast(words, F32_VECTOR)
 
