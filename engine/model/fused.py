@@ -17,16 +17,16 @@ from torch import Tensor
 from engine.kernels.backend import Batch
 from engine.kernels.cpu import records
 from engine.kernels.cpu.heads import SCRATCH_SIZES
-from engine.kernels.cpu.linear import MAX_CHUNK
 from engine.kernels.cpu.step import follow, lead, send_home
 from engine.kernels.cpu.team import NUM_WORDS
-from engine.kernels.cpu.tiles import BLOCK
+from engine.kernels.cpu.tiles import BLOCK, FLOAT_TILE, INT8_TILE
 from engine.model.pack import PackedWeights, padded
 from engine.model.rwkv7 import ModelDims, State
 from engine.state.layout import PageLayout
 
 BUFFERS = ("x", "r", "k", "v", "v_first", "d", "a", "g", "m", "last", "last_ffn")
 MIN_ROWS = 16
+MAX_ROWS = max(FLOAT_TILE.rows, INT8_TILE.rows)
 
 
 class FusedRWKV7:
@@ -125,12 +125,13 @@ class FusedRWKV7:
         )
 
     def _new_scratch(self) -> np.ndarray[Any, Any]:
-        size = max(
-            MAX_CHUNK * BLOCK,
-            2 * padded(self.dims.embedded_dim),
-            SCRATCH_SIZES * self.dims.head_size,
+        size = padded(
+            max(
+                MAX_ROWS * BLOCK,
+                2 * padded(self.dims.embedded_dim),
+                SCRATCH_SIZES * self.dims.head_size,
+            )
         )
-        size = padded(size)
         scratch = _zeros(self._num_threads * size, np.float32)
         self._run[0]["scratch"], self._run[0]["scratch_size"] = scratch.ctypes.data, size
         return scratch

@@ -46,7 +46,7 @@ def float_tile() -> Tile:
 
 def int8_tile() -> Tile:
     if "avx512f" in _FEATURES:
-        return Tile(6, 4)
+        return Tile(4, 4)
     return Tile(2, 2) if {"avx2", "neon"} & _FEATURES else Tile(1, 2)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numba import njit
+from numba import float32, njit
 
 from engine.kernels.cpu.records import BFLOAT16, INT8
 from engine.kernels.cpu.tiles import (
@@ -28,10 +28,9 @@ from engine.kernels.cpu.vector import (
 )
 
 FLOAT_ROWS, INT8_ROWS = FLOAT_TILE.rows, INT8_TILE.rows
-MAX_CHUNK = 192  # rows: their products with one block are 48 KiB
-MIN_CHUNK = 96
+MAX_CHUNK, MIN_CHUNK = 192, 96  # rows
 CHUNK_BYTES = 1 << 19  # of the rows themselves: half of a usual second-level cache
-LARGEST = 127.0
+LARGEST, ONE, ZERO = float32(127.0), float32(1.0), float32(0.0)
 
 
 @njit(cache=True, nogil=True)
@@ -46,46 +45,40 @@ def chunk_rows(kind, num_rows, num_inputs):
 
 
 @njit(cache=True, nogil=True)
-def multiply(kind, matrix, block, rows, first, count, out):
-    """Rows `first` and on, times a block: float32 [count, 64] at `out`."""
-    for i in range(0, count * BLOCK, 16):
-        store(out, i, splat(0.0))
-    num_inputs, stride = matrix.num_inputs, rows.stride
-    elements = block * num_inputs * BLOCK
-    row = 0
-    if kind == INT8:
-        num_groups = stride // GROUP
-        scales = matrix.scales + 4 * (elements // GROUP)
-        while row < count:
-            n = min(INT8_ROWS, count - row)
-            at = first + row
-            int8_tile(
-                n,
-                matrix.weights + elements,
-                rows.values + at * stride,
-                stride,
-                num_inputs,
-                out + row * 4 * BLOCK,
-                scales,
-                rows.scales + 4 * at * num_groups,
-                rows.corrections + 4 * at * num_groups,
-            )
-            row += n
-        return
-    while row < count:
-        n = min(FLOAT_ROWS, count - row)
-        x = rows.values + 4 * (first + row) * stride
-        y = out + row * 4 * BLOCK
-        if kind == BFLOAT16:
-            w = matrix.weights + 2 * elements
-            bfloat16_tile(n, w, x, stride, num_inputs, y, 0, 0, 0)
-        else:
-            w = matrix.weights + 4 * elements
-            float32_tile(n, w, x, stride, num_inputs, y, 0, 0, 0)
-        row += n
+def tile_rows(kind, num_rows):
+    """How many of the rows go into the next tile, so that all are nearly as high."""
+    most = INT8_ROWS if kind == INT8 else FLOAT_ROWS
+    num_tiles = (num_rows + most - 1) // most
+    return (num_rows + num_tiles - 1) // num_tiles
 
 
 @njit(cache=True, nogil=True)
+def multiply(kind, matrix, block, rows, first, count, out):
+    """A tile: rows `first` and on, times a block: float32 [count, 64] at `out`."""
+    num_inputs, stride = matrix.num_inputs, rows.stride
+    elements = block * num_inputs * BLOCK
+    if kind == INT8:
+        num_groups = stride // GROUP
+        int8_tile(
+            count,
+            matrix.weights + elements,
+            rows.values + first * stride,
+            stride,
+            num_inputs,
+            out,
+            matrix.scales + 4 * (elements // GROUP),
+            rows.scales + 4 * first * num_groups,
+            rows.corrections + 4 * first * num_groups,
+        )
+    elif kind == BFLOAT16:
+        x = rows.values + 4 * first * stride
+        bfloat16_tile(count, matrix.weights + 2 * elements, x, stride, num_inputs, out, 0, 0, 0)
+    else:
+        x = rows.values + 4 * first * stride
+        float32_tile(count, matrix.weights + 4 * elements, x, stride, num_inputs, out, 0, 0, 0)
+
+
+@njit(forceinline=True)
 def put(kind, rows, row, group, a, b, c, d):
     """64 values of a row, at column 64 * group: as they are, or as int8 with a scale.
 
@@ -101,8 +94,8 @@ def put(kind, rows, row, group, a, b, c, d):
     bits = larger(
         larger(magnitude_bits(a), magnitude_bits(b)), larger(magnitude_bits(c), magnitude_bits(d))
     )
-    scale = largest(bits) / LARGEST
-    inverse = splat(1.0 / scale if scale > 0.0 else 0.0)
+    most = largest(bits)
+    inverse = splat(LARGEST / most if most > ZERO else ZERO)
     qa, qb, qc, qd = (
         rounded(a * inverse),
         rounded(b * inverse),
@@ -114,5 +107,5 @@ def put(kind, rows, row, group, a, b, c, d):
     store_bytes(rows.values, at + 32, qc)
     store_bytes(rows.values, at + 48, qd)
     place = row * (rows.stride // GROUP) + group
-    store_scalar(rows.scales, place, scale)
-    store_int(rows.corrections, place, -128 * total_int(qa + qb + qc + qd))
+    store_scalar(rows.scales, place, most * (ONE / LARGEST))
+    store_int(rows.corrections, place, -128 * total_int((qa + qb) + (qc + qd)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from numba import float32, njit
 
 from engine.kernels.cpu.heads import heads_of_unit, mix_heads
-from engine.kernels.cpu.linear import chunk_rows, multiply, put
+from engine.kernels.cpu.linear import chunk_rows, multiply, put, tile_rows
 from engine.kernels.cpu.norm import layer_norm, mix
 from engine.kernels.cpu.records import (
     A1,
@@ -227,35 +227,44 @@ def _project(team, model, matrices, first, index, rows, run, scratch):
         while block >= matrices[first + which].num_blocks:
             block -= matrices[first + which].num_blocks
             which += 1
-        matrix = matrices[first + which]
-        if which == RECEPTANCE:
-            multiply(model.kind, matrix, block, rows[MIXED_R], begin, count, scratch)
-            _copy(scratch, begin, count, block, run.r, model.padded)
-        elif which == KEY:
-            multiply(model.kind, matrix, block, rows[MIXED_K], begin, count, scratch)
-            _copy(scratch, begin, count, block, run.k, model.padded)
-        elif which == VALUE:
-            multiply(model.kind, matrix, block, rows[MIXED_V], begin, count, scratch)
-            _copy(scratch, begin, count, block, run.v, model.padded)
-        elif which == W1:
-            multiply(model.kind, matrix, block, rows[MIXED_W], begin, count, scratch)
-            for i in range(0, 64 * count, 16):
-                store(scratch, i, tanh(load(scratch, i)))
-            _put_all(model.kind, scratch, begin, count, block, rows[RANK_W])
-        elif which == A1:
-            multiply(model.kind, matrix, block, rows[MIXED_A], begin, count, scratch)
-            _put_all(model.kind, scratch, begin, count, block, rows[RANK_A])
-        elif which == G1:
-            multiply(model.kind, matrix, block, rows[MIXED_G], begin, count, scratch)
-            for i in range(0, 64 * count, 16):
-                store(scratch, i, sigmoid(load(scratch, i)))
-            for r in range(count):  # the sigmoid of padding is not 0
-                for i in range(matrix.num_outputs - 64 * block, 64):
-                    store_scalar(scratch, 64 * r + i, float32(0.0))
-            _put_all(model.kind, scratch, begin, count, block, rows[RANK_G])
-        else:
-            multiply(model.kind, matrix, block, rows[MIXED_V], begin, count, scratch)
-            _put_all(model.kind, scratch, begin, count, block, rows[RANK_V])
+        row, end = begin, begin + count
+        while row < end:
+            n = tile_rows(model.kind, end - row)
+            _project_tile(model, matrices[first + which], which, block, rows, run, row, n, scratch)
+            row += n
+
+
+@njit(cache=True, nogil=True)
+def _project_tile(model, matrix, which, block, rows, run, row, n, scratch):
+    kind = model.kind
+    if which == RECEPTANCE:
+        multiply(kind, matrix, block, rows[MIXED_R], row, n, scratch)
+        _copy(scratch, row, n, block, run.r, model.padded)
+    elif which == KEY:
+        multiply(kind, matrix, block, rows[MIXED_K], row, n, scratch)
+        _copy(scratch, row, n, block, run.k, model.padded)
+    elif which == VALUE:
+        multiply(kind, matrix, block, rows[MIXED_V], row, n, scratch)
+        _copy(scratch, row, n, block, run.v, model.padded)
+    elif which == W1:
+        multiply(kind, matrix, block, rows[MIXED_W], row, n, scratch)
+        for i in range(0, 64 * n, 16):
+            store(scratch, i, tanh(load(scratch, i)))
+        _put_all(kind, scratch, row, n, block, rows[RANK_W])
+    elif which == A1:
+        multiply(kind, matrix, block, rows[MIXED_A], row, n, scratch)
+        _put_all(kind, scratch, row, n, block, rows[RANK_A])
+    elif which == G1:
+        multiply(kind, matrix, block, rows[MIXED_G], row, n, scratch)
+        for i in range(0, 64 * n, 16):
+            store(scratch, i, sigmoid(load(scratch, i)))
+        for r in range(n):  # the sigmoid of padding is not 0
+            for i in range(matrix.num_outputs - 64 * block, 64):
+                store_scalar(scratch, 64 * r + i, float32(0.0))
+        _put_all(kind, scratch, row, n, block, rows[RANK_G])
+    else:
+        multiply(kind, matrix, block, rows[MIXED_V], row, n, scratch)
+        _put_all(kind, scratch, row, n, block, rows[RANK_V])
 
 
 @njit(cache=True, nogil=True)
@@ -297,15 +306,20 @@ def _leave_ranks(team, model, matrices, first, index, rows, run, scratch):
         count = min(size, run.num_rows - begin)
         way, block = item // blocks % num_ways, item % blocks
         matrix = matrices[first + W2 + way]
-        multiply(model.kind, matrix, block, rows[RANK_W + way], begin, count, scratch)
         if way == 0:
-            _copy(scratch, begin, count, block, run.d, model.padded)
+            out = run.d
         elif way == 1:
-            _copy(scratch, begin, count, block, run.a, model.padded)
+            out = run.a
         elif way == 2:
-            _copy(scratch, begin, count, block, run.g, model.padded)
+            out = run.g
         else:
-            _copy(scratch, begin, count, block, run.m, model.padded)
+            out = run.m
+        row, end = begin, begin + count
+        while row < end:
+            n = tile_rows(model.kind, end - row)
+            multiply(model.kind, matrix, block, rows[RANK_W + way], row, n, scratch)
+            _copy(scratch, row, n, block, out, model.padded)
+            row += n
 
 
 @njit(cache=True, nogil=True)
@@ -332,11 +346,15 @@ def _add(team, model, matrix, rows, run, scratch):
             return
         begin, block = item // matrix.num_blocks * size, item % matrix.num_blocks
         count = min(size, run.num_rows - begin)
-        multiply(model.kind, matrix, block, rows, begin, count, scratch)
-        for r in range(count):
-            at = (begin + r) * model.padded + 64 * block
-            for i in range(0, 64, 16):
-                store(run.x, at + i, load(run.x, at + i) + load(scratch, 64 * r + i))
+        row, end = begin, begin + count
+        while row < end:
+            n = tile_rows(model.kind, end - row)
+            multiply(model.kind, matrix, block, rows, row, n, scratch)
+            for r in range(n):
+                at = (row + r) * model.padded + 64 * block
+                for i in range(0, 64, 16):
+                    store(run.x, at + i, load(run.x, at + i) + load(scratch, 64 * r + i))
+            row += n
 
 
 @njit(cache=True, nogil=True)
@@ -354,11 +372,15 @@ def _hidden(team, model, matrix, index, rows, run, scratch):
             continue
         begin, block = item // matrix.num_blocks * size, item % matrix.num_blocks
         count = min(size, run.num_rows - begin)
-        multiply(model.kind, matrix, block, rows[FFN_MIXED], begin, count, scratch)
-        for i in range(0, 64 * count, 16):
-            value = at_least(load(scratch, i), zero)
-            store(scratch, i, value * value)
-        _put_all(model.kind, scratch, begin, count, block, rows[FFN_HIDDEN])
+        row, end = begin, begin + count
+        while row < end:
+            n = tile_rows(model.kind, end - row)
+            multiply(model.kind, matrix, block, rows[FFN_MIXED], row, n, scratch)
+            for i in range(0, 64 * n, 16):
+                value = at_least(load(scratch, i), zero)
+                store(scratch, i, value * value)
+            _put_all(model.kind, scratch, row, n, block, rows[FFN_HIDDEN])
+            row += n
 
 
 @njit(cache=True, nogil=True)
@@ -401,11 +423,15 @@ def _head(team, model, matrix, rows, run, scratch):
             return
         begin, block = item // matrix.num_blocks * size, item % matrix.num_blocks
         count = min(size, run.num_rows - begin)
-        multiply(model.kind, matrix, block, rows, begin, count, scratch)
-        if 64 * block + 64 <= model.vocab_size:
-            _copy(scratch, begin, count, block, run.logits, model.vocab_size)
-        else:
-            for r in range(count):
-                at = (begin + r) * model.vocab_size
-                for i in range(64 * block, model.vocab_size):
-                    store_scalar(run.logits, at + i, load_scalar(scratch, 64 * (r - block) + i))
+        row, end = begin, begin + count
+        while row < end:
+            n = tile_rows(model.kind, end - row)
+            multiply(model.kind, matrix, block, rows, row, n, scratch)
+            if 64 * block + 64 <= model.vocab_size:
+                _copy(scratch, row, n, block, run.logits, model.vocab_size)
+            else:
+                for r in range(n):
+                    at = (row + r) * model.vocab_size
+                    for i in range(64 * block, model.vocab_size):
+                        store_scalar(run.logits, at + i, load_scalar(scratch, 64 * (r - block) + i))
+            row += n

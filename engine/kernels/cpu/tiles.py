@@ -100,7 +100,7 @@ def _by_rows(max_rows: int, emit: Emit, num_args: int) -> Any:
 
 
 def _outputs(builder: Any, out: Any, rows: int, first: int, vectors: int) -> list[Any]:
-    """Pointers to the accumulators in memory."""
+    """Where the sums go."""
     return [
         pointer(builder, out, _i64(r * BLOCK + (first + p) * 16), F32_VECTOR, 4)
         for r in range(rows)
@@ -160,7 +160,7 @@ def _float_tile(weights: Callable[..., list[Any]], k_bytes: int) -> Emit:
                 return sums
 
             turns = builder.sdiv(num_k, _i64(UNROLLED))
-            sums = [load_at(builder, place) for place in places]
+            sums = [constant(F32_VECTOR, 0.0)] * len(places)
             _store_all(builder, _counted(builder, turns, sums, body), places)
 
     return emit
@@ -241,12 +241,7 @@ def _int8_tile(builder: Any, rows: int, args: tuple[Any, ...]) -> None:
     for first in range(0, VECTORS, vectors):
         places = _outputs(builder, out, rows, first, vectors)
 
-        def body(
-            group: Any,
-            carried: list[Any],
-            first: int = first,
-            places: list[Any] = places,
-        ) -> list[Any]:
+        def body(group: Any, carried: list[Any], first: int = first) -> list[Any]:
             sums: list[Any] = []
             for r in range(rows):
                 start = constant(I32_VECTOR, 0)
@@ -289,23 +284,11 @@ def _int8_tile(builder: Any, rows: int, args: tuple[Any, ...]) -> None:
                     at = r * vectors + p
                     scale = builder.fmul(x_scales, scales[p])
                     value = builder.sitofp(sums[at], F32_VECTOR)
-                    results.append((value, scale))
-            if carried:
-                return [
-                    fma_of(builder, value, scale, before)
-                    for (value, scale), before in zip(results, carried, strict=True)
-                ]
-            for (value, scale), place in zip(results, places, strict=True):
-                before = load_at(builder, place)
-                builder.store(fma_of(builder, value, scale, before), place).align = 4
-            return []
+                    results.append(fma_of(builder, value, scale, carried[at]))
+            return results
 
-        if rows * vectors <= KEPT_SUMS:
-            start = [load_at(builder, place) for place in places]
-            _store_all(builder, _counted(builder, num_groups, start, body), places)
-        else:
-            _counted(builder, num_groups, [], body)
+        start = [constant(F32_VECTOR, 0.0)] * len(places)
+        _store_all(builder, _counted(builder, num_groups, start, body), places)
 
 
-KEPT_SUMS = 12
 int8_tile = _by_rows(INT8_TILE.rows, _int8_tile, 9)
