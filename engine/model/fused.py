@@ -6,7 +6,9 @@ beside it, nor on how a prompt is cut into chunks, to the last bit.
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 import weakref
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from engine.kernels.backend import Batch
 from engine.kernels.cpu import records
+from engine.kernels.cpu.features import description
 from engine.kernels.cpu.heads import SCRATCH_SIZES
 from engine.kernels.cpu.step import follow, lead, send_home
 from engine.kernels.cpu.team import NUM_WORDS
@@ -24,6 +27,9 @@ from engine.model.pack import PackedWeights, padded
 from engine.model.rwkv7 import ModelDims, State
 from engine.state.layout import PageLayout
 
+logger = logging.getLogger(__name__)
+
+PATIENCE_S = 1.5  # kernels that were compiled before are there in less
 BUFFERS = ("x", "r", "k", "v", "v_first", "d", "a", "g", "m", "last", "last_ffn")
 MIN_ROWS = 16
 MAX_ROWS = max(FLOAT_TILE.rows, INT8_TILE.rows)
@@ -53,6 +59,7 @@ class FusedRWKV7:
                 daemon=True,
             ).start()
         weakref.finalize(self, _send_home, self._team)
+        self._compile()
 
     @property
     def num_parameters(self) -> int:
@@ -109,6 +116,23 @@ class FusedRWKV7:
         run["hidden"], run["logits"] = hidden_RC.data_ptr(), logits.data_ptr()
         self._lead()
         return logits
+
+    def _compile(self) -> None:
+        """Have all threads ready; the first time on a machine, that takes a while."""
+        started_s = time.perf_counter()
+        told = threading.Timer(PATIENCE_S, logger.info, ("kernels: compiling, once (20 s)",))
+        told.daemon = True
+        told.start()
+        self._run[0]["job"] = records.NOTHING
+        self._lead()
+        told.cancel()
+        seconds = time.perf_counter() - started_s
+        logger.info(
+            "kernels: fused (%s), %d threads%s",
+            description(),
+            self._num_threads,
+            f", compiled in {seconds:.0f} s" if seconds > PATIENCE_S else "",
+        )
 
     def _lead(self) -> None:
         lead(self._team.ctypes.data, *self._arguments())

@@ -14,6 +14,8 @@ import math
 from numba import float32, njit
 
 from engine.kernels.cpu.linear import put
+from engine.kernels.cpu.records import READ
+from engine.kernels.cpu.team import next_item
 from engine.kernels.cpu.vector import (
     exp,
     fma,
@@ -274,3 +276,16 @@ def _read_out(model, layer, run, head, row, bonus, v, y):
         normed = (load(y, i) - mean) * scale
         normed = fma(normed, load(layer.ln_x_weight, c + i), load(layer.ln_x_bias, c + i))
         store(run.r, o + i, fma(times, load(v, i), normed) * load(run.g, o + i))
+
+
+@njit(cache=True, nogil=True)
+def mix_all_heads(team, num_threads, model, layer, index, rows, run, scratch):
+    units = (model.num_heads + heads_of_unit(model.head_size) - 1) // heads_of_unit(model.head_size)
+    num_units = units * run.num_seqs
+    size = max(1, num_units // (16 * num_threads)) if run.num_rows == run.num_seqs else 1
+    while True:
+        item = next_item(team)
+        if item * size >= num_units:
+            return
+        for unit in range(item * size, min(item * size + size, num_units)):
+            mix_heads(model, layer, index, run, rows[READ], unit // units, unit % units, scratch)

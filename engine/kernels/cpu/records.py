@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 FLOAT32, BFLOAT16, INT8 = range(3)  # how matrices are stored
-STEP, HEAD = range(2)  # jobs
+STEP, HEAD, NOTHING = range(3)  # jobs
 
 
 def _record(*names: str) -> np.dtype[np.void]:
