@@ -64,8 +64,9 @@ class ModelTable:
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "float64", "int8"],
         Key(
-            '(new) number format of the weights; "auto" = bfloat16 on a GPU, float32 on a CPU;'
-            ' "int8" = matrices of int8 with a scale for every 64 inputs, all else as with "auto"'
+            '(new) number format of the matrices; "auto" = bfloat16 on a GPU, and on a CPU what the'
+            ' checkpoint has, bfloat16 as a rule, computed in float32; "int8" = a scale for every 64'
+            " inputs, quicker and a little less exact"
         ),
     ] = "auto"
     state_dtype: Annotated[
@@ -84,7 +85,7 @@ class ModelTable:
     ] = "auto"
     num_threads: Annotated[
         NonNegativeInt,
-        Key("(new) threads that compute on a CPU; 0 = one fewer than cores, which HTTP needs"),
+        Key("(new) threads that compute on a CPU; 0 = as many as there are physical cores"),
     ] = 0
     load_format: Annotated[
         Literal["auto", "dummy"],
