@@ -63,13 +63,15 @@ def break_device() -> None:
     import torch
 
     from engine.executor import Read
-    from engine.model.rwkv7 import RWKV7, Batch
+    from engine.kernels.backend import Batch
+    from engine.model.fused import FusedRWKV7
+    from engine.model.rwkv7 import State
     from engine.plan import Row, StepPlan
     from engine.runner import ModelRunner
 
     faults: dict[int, tuple[Fault, int]] = {}  # by seat
     spoilt: dict[int, Fault] = {}  # by slot that is written; of this step
-    issue, forward = ModelRunner.issue, RWKV7.forward
+    issue, forward = ModelRunner.issue, FusedRWKV7.__call__
 
     def due(row: Row) -> Fault | None:
         fault, position = faults.get(row.seat, (None, 0))
@@ -97,21 +99,21 @@ def break_device() -> None:
         return issue(self, plan)
 
     def faulty_forward(
-        self: RWKV7, tokens_T: torch.Tensor, batch: Batch, state: object, *rest: object
+        self: FusedRWKV7, tokens_T: torch.Tensor, batch: Batch, state: State
     ) -> torch.Tensor:
-        out: torch.Tensor = forward(self, tokens_T, batch, state, *rest)  # type: ignore[arg-type]
+        out = forward(self, tokens_T, batch, state)
         begin = 0
         for length, slot in zip(batch.lengths, batch.dst_slot.tolist(), strict=True):
             if slot in spoilt:
                 out[begin : begin + length] = torch.nan
                 if spoilt[slot] is Fault.STATE:
-                    state.wkv[slot] = torch.nan  # type: ignore[attr-defined]
-                    state.shift[slot] = torch.nan  # type: ignore[attr-defined]
+                    state.wkv[slot] = torch.nan
+                    state.shift[slot] = torch.nan
             begin += length
         return out
 
     ModelRunner.issue = faulty_issue  # type: ignore[method-assign]
-    RWKV7.forward = faulty_forward  # type: ignore[method-assign]
+    FusedRWKV7.__call__ = faulty_forward  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
