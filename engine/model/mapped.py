@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+WINDOW = 1 << 16  # bytes that Linux maps at once, at multiples of it, when one of them is read
 SMAPS = Path("/proc/self/smaps")
 HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ (\d+)\s*(.*)")
 
@@ -29,17 +30,18 @@ class FilePages:
         return self._region_of(tensor) is not None
 
     def release(self, tensor: Tensor) -> None:
-        """Let go of the pages that a contiguous tensor touches; nothing for one in memory.
+        """Let go of the pages that reading a contiguous tensor has mapped; nothing for one in memory.
 
         Must not be called for a tensor that has been written to since the beginning.
         """
         region = self._region_of(tensor)
         if region is None or tensor.numel() == 0:
             return
-        # Whole pages around it lie in the same mapping: a neighbour just reads its end again.
-        begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        end = -(-(tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
-        _madvise(begin, min(end, region[1]) - begin)
+        # What came with its first and last page too: who still needs that just reads it again.
+        begin = tensor.data_ptr() // WINDOW * WINDOW
+        end = -(-(tensor.data_ptr() + tensor.nbytes) // WINDOW) * WINDOW
+        begin, end = max(begin, region[0]), min(end, region[1])
+        _madvise(begin, end - begin)
 
     def _region_of(self, tensor: Tensor) -> tuple[int, int] | None:
         """Begin and end of the mapping in which all of it lies."""

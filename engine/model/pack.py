@@ -101,9 +101,12 @@ def pack(
 ) -> PackedWeights:
     """Of a checkpoint, which may be memory-mapped and is not needed afterwards.
 
-    `dtype` is "float32", "bfloat16" or "int8". `on_progress` hears how many bytes of the
-    checkpoint have been packed since it was last called, from any thread. Raises ValueError, with
-    the name of the tensor, for a matrix that int8 cannot express.
+    `dtype` is "float32", "bfloat16" or "int8". `on_progress` hears, in this thread, how many bytes
+    of the checkpoint have been packed since it was last called. Raises ValueError, with the name of
+    the tensor, for a matrix that int8 cannot express.
+
+    A mapped file may be replaced by renaming meanwhile. One that is cut off under the mapping ends
+    the process (SIGBUS): the system has no other way to say that the data are gone.
     """
     packer = _Packer(tensors, dims, KINDS[dtype])
     for _ in packer.tasks():
