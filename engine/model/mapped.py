@@ -30,7 +30,7 @@ class FilePages:
         return self._region_of(tensor) is not None
 
     def release(self, tensor: Tensor) -> None:
-        """Let go of the pages that reading a contiguous tensor has mapped; nothing for one in memory.
+        """Let go of the pages that reading a contiguous tensor has mapped; not of memory.
 
         Must not be called for a tensor that has been written to since the beginning.
         """
