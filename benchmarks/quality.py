@@ -7,28 +7,35 @@ bits per byte, how far logits are from those of float32, and how often the most 
 the same. Then greedy answers from the beginnings of documents, until they part.
 
 "int8" computes in float32, "int8 + bfloat16" in bfloat16, on a CPU with matrices rounded to it:
-the GPU's kernel does not round them. With "float16 states" all tokens are fed one by one, so that
-states are rounded after each of them; a server rounds those of a prompt once in a chunk.
+the GPU's kernel does not round them. "fused" is what serves on a CPU: its int8 is of all matrices,
+low-rank ones too, and of the rows they multiply, in groups of 64. With "float16 states" all tokens
+are fed one by one, so that states are rounded after each of them; a server rounds those of a prompt
+once in a chunk. Last, two small trained models beside logits and answers of float64.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import config
 from benchmarks.record import finish
 from config import load_model as load_model_config
+from config.schema import ModelConfig
 from engine.kernels.backend import Batch
+from engine.model.fused import FusedRWKV7
+from engine.model.pack import pack
 from engine.model.rwkv7 import RWKV7, State
-from engine.model.weights import load_model
+from engine.model.weights import load_model, read_checkpoint
 from engine.tokenizer import Tokenizer
 from train import corpus
 from train.data import read_jsonl
@@ -44,6 +51,7 @@ class Format:
     dtype: torch.dtype
     is_int8: bool = False
     has_half_states: bool = False
+    fused: str | None = None  # computed by FusedRWKV7, with matrices of this kind
 
 
 FORMATS = {
@@ -52,9 +60,12 @@ FORMATS = {
     "int8": Format(torch.float32, is_int8=True),
     "int8 + bfloat16": Format(torch.bfloat16, is_int8=True),
     "float16 states": Format(torch.float32, has_half_states=True),
+    "fused bfloat16": Format(torch.float32, fused="bfloat16"),
+    "fused int8": Format(torch.float32, fused="int8"),
 }
 PROMPT_LEN = 24
-Feed = Callable[[RWKV7, Sequence[list[int]], State], list[Tensor]]
+Model = RWKV7 | FusedRWKV7
+Feed = Callable[[Model, Sequence[list[int]], State], list[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,35 +87,49 @@ def held_out(folder: Path, num_each: int) -> list[str]:
     return persona[:num_each] + told[:num_each]
 
 
+def load(weights: Path, cfg: ModelConfig, form: Format) -> tuple[Model, int]:
+    """The model, and the bytes of its weights."""
+    if form.fused is not None:
+        dims, tensors = read_checkpoint(weights, cfg)
+        packed = pack(tensors, dims, form.fused)
+        return FusedRWKV7(dims, packed, num_threads=1), packed.num_bytes
+    model = load_model(weights, cfg, "cpu", form.dtype, form.is_int8)
+    return model, sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+
+
 @torch.inference_mode()
 def read(
-    model: RWKV7, documents: Sequence[list[int]], answer_len: int, *, has_half_states: bool
+    model: Model,
+    weight_bytes: int,
+    documents: Sequence[list[int]],
+    answer_len: int,
+    *,
+    has_half_states: bool,
 ) -> Reading:
     inputs = [[0, *ids[:-1]] for ids in documents]
     state = new_state(model, len(documents), is_half=has_half_states)
     feed = feed_one_by_one if has_half_states else feed_whole
     hidden_TC = torch.cat(feed(model, inputs, state))
-    tensors = (*model.parameters(), *model.buffers())
     return Reading(
         logits_TV=model.head(hidden_TC).float(),
         answers=greedy(model, [ids[: 1 + PROMPT_LEN] for ids in inputs], answer_len, feed, state),
-        weight_bytes=sum(x.numel() * x.element_size() for x in tensors),
+        weight_bytes=weight_bytes,
     )
 
 
-def new_state(model: RWKV7, num_slots: int, *, is_half: bool) -> State:
+def new_state(model: Model, num_slots: int, *, is_half: bool) -> State:
     state = model.new_state(num_slots, "cpu")
     return State(wkv=state.wkv.half(), shift=state.shift) if is_half else state
 
 
-def feed_whole(model: RWKV7, texts: Sequence[list[int]], state: State) -> list[Tensor]:
+def feed_whole(model: Model, texts: Sequence[list[int]], state: State) -> list[Tensor]:
     """Hidden rows [T, C] of each text."""
     slots, lengths = torch.arange(len(texts)), tuple(map(len, texts))
     tokens = torch.tensor([token for ids in texts for token in ids])
     return list(model(tokens, Batch(lengths, slots, slots), state).split(lengths))
 
 
-def feed_one_by_one(model: RWKV7, texts: Sequence[list[int]], state: State) -> list[Tensor]:
+def feed_one_by_one(model: Model, texts: Sequence[list[int]], state: State) -> list[Tensor]:
     """The same; the state is stored after each token."""
     rows: list[list[Tensor]] = [[] for _ in texts]
     for position in range(max(map(len, texts))):
@@ -118,7 +143,7 @@ def feed_one_by_one(model: RWKV7, texts: Sequence[list[int]], state: State) -> l
 
 @torch.inference_mode()
 def greedy(
-    model: RWKV7, prompts: Sequence[list[int]], num_tokens: int, feed: Feed, state: State
+    model: Model, prompts: Sequence[list[int]], num_tokens: int, feed: Feed, state: State
 ) -> list[list[int]]:
     """Answers to all prompts at once. The state is cleared first."""
     state.wkv.zero_()
@@ -168,7 +193,7 @@ def measure(
     num_bytes = sum(len(text.encode()) for text in texts)
     readings = {
         name: read(
-            load_model(weights, cfg, "cpu", form.dtype, form.is_int8),
+            *load(weights, cfg, form),
             documents,
             answer_len,
             has_half_states=form.has_half_states,
@@ -179,6 +204,46 @@ def measure(
         name: compare(reading, readings["float32"], targets_T, num_bytes)
         for name, reading in readings.items()
     }
+
+
+@torch.inference_mode()
+def golden(folder: Path) -> dict[str, dict[str, float]]:
+    """Two trained models beside what float64 made of them: logits, and greedy answers."""
+    chat = ModelConfig(name="chat", num_cells=4, vocab_size=2048, embedded_dim=128, num_heads=2)
+    reverse = ModelConfig(
+        **dict(name="reverse", num_cells=4, vocab_size=12, embedded_dim=32, num_heads=2),
+        **dict.fromkeys(("w_lora_rank", "a_lora_rank", "v_lora_rank", "g_lora_rank"), 8),
+    )
+    chats = json.loads((folder / "golden_chat_demo.json").read_text())
+    logits = np.load(folder / "golden_chat_demo_fp64.npz")
+    reversals = json.loads((folder / "golden_reverse.json").read_text())
+    found = {}
+    for name in ("float32", "fused bfloat16", "fused int8"):
+        model, _ = load(folder / "rwkv7-chat-demo-D128-L4-V2048.pth", chat, FORMATS[name])
+        texts = [[*case["ids"], *case["greedy_ids"]] for case in chats]
+        state = model.new_state(len(texts), "cpu")
+        num_same, error, norm = 0, 0.0, 0.0
+        for i, rows in enumerate(feed_whole(model, texts, state)):
+            length = len(chats[i]["ids"])
+            logits_TV = model.head(rows)
+            drawn = logits_TV[length - 1 : -1].argmax(-1).tolist()
+            num_same += sum(map(int.__eq__, drawn, chats[i]["greedy_ids"]))
+            wanted = torch.from_numpy(logits[f"prompt{i}_logits"])
+            error += float((logits_TV[length - 8 : length].double() - wanted).square().sum())
+            norm += float(wanted.square().sum())
+        model, _ = load(folder / "rwkv7-reverse-L4-D32.pth", reverse, FORMATS[name])
+        num_right = 0
+        for case in reversals:
+            wanted = ["0123456789,#".index(c) for c in case["greedy"]]
+            prompt = ["0123456789,#".index(c) for c in case["prompt"]]
+            state = model.new_state(1, "cpu")
+            num_right += greedy(model, [prompt], len(wanted), feed_whole, state) == [wanted]
+        found[name] = {
+            "chat_logit_error": math.sqrt(error / norm),
+            "chat_same_tokens": num_same / sum(len(case["greedy_ids"]) for case in chats),
+            "reverse_right_answers": num_right / len(reversals),
+        }
+    return found
 
 
 def main() -> None:
@@ -200,7 +265,12 @@ def main() -> None:
     for label, row in rows.items():
         print(f"{label:16}" + "".join(f"{row[name]:>16.5f}" for name in names))
     num_bytes = sum(len(text.encode()) for text in texts)
-    finish("quality", {"num_documents": len(texts), "num_bytes": num_bytes, **rows}, save=args.save)
+    figures: dict[str, object] = {"num_documents": len(texts), "num_bytes": num_bytes, **rows}
+    if (args.texts.parent / "models").is_dir():
+        figures["golden"] = checked = golden(args.texts.parent / "models")
+        for label, row in checked.items():
+            print(f"{label:16}" + ", ".join(f"{name} {value:.5f}" for name, value in row.items()))
+    finish("quality", figures, save=args.save)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,17 @@ import mmap
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.kernels.cpu.blocks import largest_of_groups, round_groups, turn, turn_pairs
 from engine.kernels.cpu.records import BFLOAT16, FLOAT32, INT8, LAYER, MATRIX, MODEL
-from engine.model.quantize import quantize
+from engine.model.mapped import FilePages
+from engine.model.quantize import scales_of
 from engine.model.rwkv7 import ModelDims
 
 KINDS = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8}
@@ -36,8 +39,8 @@ VECTOR_NAMES = {
     "ln_x_bias": "att.ln_x.bias",
 }
 ALIGNMENT = 64
-BLOCKS_AT_ONCE = 16  # 1,024 outputs
-PAGE = mmap.PAGESIZE
+ROWS_AT_ONCE = 512  # of a matrix: what one thread does before it reports
+ELEMENTS_AT_ONCE = 1 << 18  # of int8: in float32 they stay in a usual second-level cache
 
 
 def padded(size: int) -> int:
@@ -66,7 +69,9 @@ class _Arena:
         self._address = 0
 
     def allocate(self) -> None:
-        self.memory = mmap.mmap(-1, max(self.size, 1))
+        # Private: memory that could be shared would not lie in huge pages.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self.memory = mmap.mmap(-1, max(self.size, 1), flags=flags)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self.memory.madvise(mmap.MADV_HUGEPAGE)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
@@ -96,9 +101,12 @@ def pack(
 ) -> PackedWeights:
     """Of a checkpoint, which may be memory-mapped and is not needed afterwards.
 
-    `dtype` is "float32", "bfloat16" or "int8". `on_progress` hears how many bytes of the
-    checkpoint have been packed since it was last called, from any thread. Raises ValueError, with
-    the name of the tensor, for a matrix that int8 cannot express.
+    `dtype` is "float32", "bfloat16" or "int8". `on_progress` hears, in this thread, how many bytes
+    of the checkpoint have been packed since it was last called. Raises ValueError, with the name of
+    the tensor, for a matrix that int8 cannot express.
+
+    A mapped file may be replaced by renaming meanwhile. One that is cut off under the mapping ends
+    the process (SIGBUS): the system has no other way to say that the data are gone.
     """
     packer = _Packer(tensors, dims, KINDS[dtype])
     for _ in packer.tasks():
@@ -116,6 +124,7 @@ class _Packer:
     def __init__(self, tensors: Mapping[str, Tensor], dims: ModelDims, kind: int) -> None:
         self.arena = _Arena()
         self._tensors, self._dims, self._kind = tensors, dims, kind
+        self._pages = FilePages()
         self._model = np.zeros(1, MODEL)
         self._layers = np.zeros(dims.num_cells, LAYER)
         self._matrices = np.zeros(dims.num_cells * len(MATRIX_NAMES) + 1, MATRIX)
@@ -171,7 +180,7 @@ class _Packer:
             rows = self.arena.view(address, (len(parts), width), torch.float32)
             for row, part in zip(rows, parts, strict=True):
                 row[: part.numel()] = part.flatten()
-            return sum(_release(part) for part in parts)
+            return sum(self._release(part) for part in parts)
 
         yield fill
 
@@ -180,14 +189,13 @@ class _Packer:
         shape = (tensor.shape[0], padded(tensor.shape[1]))
         address = self._model[0]["emb"] = self.arena.take(dtype.itemsize * shape[0] * shape[1])
 
-        def fill() -> int:
-            rows = self.arena.view(address, shape, dtype)
-            for first in range(0, shape[0], 4096):
-                part = slice(first, first + 4096)
-                rows[part, : tensor.shape[1]] = tensor[part]
-            return _release(tensor)
+        def fill(first: int) -> int:
+            part = tensor[first : first + ROWS_AT_ONCE]
+            at = address + first * shape[1] * dtype.itemsize
+            self.arena.view(at, (part.shape[0], shape[1]), dtype)[:, : part.shape[1]] = part
+            return self._release(part)
 
-        yield fill
+        yield from (partial(fill, first) for first in range(0, shape[0], ROWS_AT_ONCE))
 
     def _matrix(self, record: Any, name: str, weight_OI: Tensor) -> Iterator[Callable[[], int]]:
         num_outputs, num_inputs = weight_OI.shape
@@ -200,48 +208,73 @@ class _Packer:
         record["num_blocks"] = num_blocks
         pack_blocks = {FLOAT32: _float32, BFLOAT16: _bfloat16, INT8: _int8}[self._kind]
 
-        def fill() -> int:
-            for first in range(0, num_blocks, BLOCKS_AT_ONCE):
-                count = min(BLOCKS_AT_ONCE, num_blocks - first)
-                part = weight_OI[64 * first : 64 * (first + count)]
-                rows = torch.zeros(64 * count, width, dtype=part.dtype)
-                rows[: part.shape[0], :num_inputs] = part
-                at = address + first * 64 * width * item_bytes
-                scales_at = scales_address + first * width * 4
-                try:
-                    pack_blocks(self.arena, at, scales_at, rows)
-                except ValueError as error:
-                    raise ValueError(f"{name} {error}") from None
-            return _release(weight_OI)
+        def fill(first_block: int) -> int:
+            first = 64 * first_block
+            part = weight_OI[first : first + ROWS_AT_ONCE]
+            at = address + first * width * item_bytes
+            try:
+                pack_blocks(self.arena, at, scales_address + first // 64 * width * 4, part)
+            except ValueError as error:
+                raise ValueError(f"{name} {error}") from None
+            return self._release(part)
 
-        yield fill
+        step = ROWS_AT_ONCE // 64
+        yield from (partial(fill, first) for first in range(0, num_blocks, step))
+
+    def _release(self, part: Tensor) -> int:
+        """Let go of what has been read of a file; the size of the part in bytes."""
+        if part.is_contiguous():
+            self._pages.release(part)
+        elif part.T.is_contiguous():
+            self._pages.release(part.T)
+        return part.nbytes
+
+
+def _blocks(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """[blocks, 64, padded width], contiguous and in `dtype`: the rows themselves if they can be."""
+    num_rows, num_inputs = rows.shape
+    shape = (padded(num_rows), padded(num_inputs))
+    if shape == rows.shape:
+        found = rows.to(dtype).contiguous()
+    else:
+        found = torch.zeros(shape, dtype=dtype)
+        found[:num_rows, :num_inputs] = rows
+    return found.view(-1, 64, shape[1])
 
 
 def _float32(arena: _Arena, address: int, _: int, rows: Tensor) -> None:
     """[k][64]"""
-    num_blocks, width = rows.shape[0] // 64, rows.shape[1]
-    place = arena.view(address, (num_blocks, width, 64), torch.float32)
-    place.copy_(rows.view(num_blocks, 64, width).transpose(1, 2))
+    blocks = _blocks(rows, torch.float32)
+    place = arena.view(address, (len(blocks), blocks.shape[2], 64), torch.float32)
+    turn(_words(blocks), _words(place), np.uint32(0))
 
 
 def _bfloat16(arena: _Arena, address: int, _: int, rows: Tensor) -> None:
     """[k][2][16][2]: output j of 32 beside output j + 16"""
-    num_blocks, width = rows.shape[0] // 64, rows.shape[1]
-    place = arena.view(address, (num_blocks, width, 2, 16, 2), torch.bfloat16)
-    place.copy_(rows.view(num_blocks, 2, 2, 16, width).permute(0, 4, 1, 3, 2))
+    blocks = _blocks(rows, torch.bfloat16)
+    place = arena.view(address, (len(blocks), blocks.shape[2], 32), torch.int32)
+    turn_pairs(blocks.view(torch.uint16).numpy(), _words(place))
 
 
 def _int8(arena: _Arena, address: int, scales_address: int, rows: Tensor) -> None:
     """[k / 4][64][4] as byte + 128, and scales [k / 64][64]"""
-    num_blocks, width = rows.shape[0] // 64, rows.shape[1]
-    weight, scale = quantize(rows, "cpu")
-    place = arena.view(address, (num_blocks, width // 4, 64, 4), torch.uint8)
-    moved = weight.view(torch.uint8).bitwise_xor_(128)  # two's complement + 128
-    place.copy_(moved.view(num_blocks, 64, width // 4, 4).permute(0, 2, 1, 3))
-    scales = arena.view(scales_address, (num_blocks, width // 64, 64), torch.float32)
-    scales.copy_(scale.view(num_blocks, 64, -1).transpose(1, 2))
+    width = padded(rows.shape[1])
+    step = max(64, ELEMENTS_AT_ONCE // width // 64 * 64)
+    for first in range(0, rows.shape[0], step):
+        groups = _blocks(rows[first : first + step], torch.float32).view(-1, 64)
+        num_blocks = groups.numel() // width // 64
+        largest = torch.empty(len(groups))
+        largest_of_groups(groups.data_ptr(), len(groups), largest.data_ptr())
+        scale = scales_of(largest).float()
+        packed = torch.empty(num_blocks, 64, width, dtype=torch.int8)
+        round_groups(groups.data_ptr(), scale.data_ptr(), len(groups), packed.data_ptr())
+        place = arena.view(address + first * width, (num_blocks, width // 4, 64), torch.int32)
+        # In two's complement, byte + 128 is the byte with its highest bit the other way.
+        turn(_words(packed), _words(place), np.uint32(0x80808080))
+        at = scales_address + first // 64 * width * 4
+        scales = arena.view(at, (num_blocks, width // 64, 64), torch.float32)
+        scales.copy_(scale.view(num_blocks, 64, -1).transpose(1, 2))
 
 
-def _release(tensor: Tensor) -> int:
-    """Let go of what the system has read of a memory-mapped tensor; its size in bytes."""
-    return tensor.numel() * tensor.element_size()
+def _words(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    return tensor.view(torch.uint32).numpy()

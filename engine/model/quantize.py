@@ -51,25 +51,29 @@ def quantize(weight_OI: Tensor, device: torch.device | str) -> tuple[Tensor, Ten
     for first in range(0, num_outputs, step):
         rows = slice(first, first + step)
         groups_RGJ = weight_OI[rows].to(device).float().unflatten(1, (-1, INT8_GROUP))
-        scale_RG = _scales(groups_RGJ)
+        scale_RG = scales_of(groups_RGJ.abs().amax(-1))
         # A group of zeros has a scale of 0, and int8 of 0 / 1.
         divisor_RG1 = scale_RG.float().masked_fill(scale_RG == 0, 1.0).unsqueeze(-1)
         rounded = (groups_RGJ / divisor_RG1).round_().clamp_(-LARGEST, LARGEST)
         packed[rows] = rounded.flatten(1).to(torch.int8)
         scales[rows] = scale_RG
-    if not torch.isfinite(scales).all():
-        reason = "infinity, NaN, or a value beyond 8e6, which a scale in float16 cannot express"
-        raise ValueError(f"holds {reason}")
     return packed, scales
 
 
-def _scales(groups_RGJ: Tensor) -> Tensor:
-    """In float16, never so much rounded down that the largest of a group is cut."""
-    exact_RG = groups_RGJ.abs().amax(-1) / LARGEST
-    scale_RG = exact_RG.half()
-    is_cut = scale_RG.float() * (LARGEST + 0.5) < exact_RG * LARGEST
-    above = torch.nextafter(scale_RG, torch.full_like(scale_RG, torch.inf))
-    return torch.where(is_cut, above, scale_RG)
+def scales_of(largest: Tensor) -> Tensor:
+    """Of groups with such magnitudes, in float16; never so much rounded down that one is cut.
+
+    Raises ValueError for what no scale can express.
+    """
+    exact = largest / LARGEST
+    scale = exact.half()
+    is_cut = scale.float() * (LARGEST + 0.5) < exact * LARGEST
+    above = torch.nextafter(scale, torch.full_like(scale, torch.inf))
+    scale = torch.where(is_cut, above, scale)
+    if not torch.isfinite(scale).all():
+        reason = "infinity, NaN, or a value beyond 8e6, which a scale in float16 cannot express"
+        raise ValueError(f"holds {reason}")
+    return scale
 
 
 def replace_linears(model: nn.Module) -> None:

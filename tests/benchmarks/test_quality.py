@@ -18,14 +18,17 @@ def test_int8_and_half_states_keep_bits_per_byte_and_nearly_every_most_probable_
     assets = CONFIG_DIR / "assets"
     weights, vocab = assets / "rwkv-lm-tiny.safetensors", str(assets / "rwkv_vocab_tiny.txt")
     rows = measure(weights, "rwkv-lm-tiny", vocab, texts, answer_len=8)
-    exact, int8, half = rows["float32"], rows["int8"], rows["float16 states"]
+    exact, half = rows["float32"], rows["float16 states"]
     assert exact["logit_error"] == exact["kl_nats"] == 0
     assert exact["same_top"] == exact["same_answers"] == 1
     assert 0.4 < exact["bits_per_byte"] < 1.0
-    assert abs(int8["bits_per_byte"] / exact["bits_per_byte"] - 1) < 0.01
-    assert 0 < int8["kl_nats"] < 1e-3
-    assert int8["same_top"] > 0.98
-    assert int8["weight_mib"] < 0.5 * exact["weight_mib"]
+    for int8 in (rows["int8"], rows["fused int8"]):
+        assert abs(int8["bits_per_byte"] / exact["bits_per_byte"] - 1) < 0.01
+        assert 0 < int8["kl_nats"] < 1e-3
+        assert int8["same_top"] > 0.98
+        assert int8["weight_mib"] < 0.5 * exact["weight_mib"]
+    assert rows["fused bfloat16"]["kl_nats"] < 1e-4
+    assert rows["fused bfloat16"]["same_top"] > 0.98
     assert abs(half["bits_per_byte"] / exact["bits_per_byte"] - 1) < 0.01
     assert 0 < half["kl_nats"] < 1e-3
     assert half["same_top"] > 0.98
