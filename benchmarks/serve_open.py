@@ -1,18 +1,14 @@
-"""The server under a fixed arrival rate: what clients feel, by percentiles.
+"""An open loop against our server: requests start on a clock, not when earlier ones end.
 
-    python -m benchmarks.serve [--rate 4] [--seconds 20] [--url http://127.0.0.1:8080] [--save]
-
-Open loop: requests start on a clock, not when earlier ones end, so a slow server cannot hide
-behind its own slowness. Without --url the server is started here as a process of its own. The
-reference of the same run is one client alone (rate zero): its inter-token latency is what the
-model costs, the rest is what sharing and HTTP add.
+So a slow server cannot hide behind its own slowness. The reference of the same run is one client
+alone (rate zero): its inter-token latency is what the model costs, the rest is what sharing and
+HTTP add.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import re
 import subprocess
@@ -22,8 +18,6 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import orjson
-
-from benchmarks.record import finish
 
 QUESTIONS = (
     "Hello! How are you?",
@@ -126,7 +120,7 @@ def start_server(args: argparse.Namespace) -> tuple[subprocess.Popen[str], str]:
     raise SystemExit(f"the server ended with code {process.wait()}")
 
 
-async def measure(args: argparse.Namespace, url: str) -> dict[str, object]:
+async def figures_of(args: argparse.Namespace, url: str) -> dict[str, object]:
     alone = [await chat(url, args.model, q, args.max_tokens, seed=1) for q in QUESTIONS]
     started = time.perf_counter()
     outcomes = await arrivals(args, url)
@@ -149,29 +143,12 @@ async def measure(args: argparse.Namespace, url: str) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rate", type=float, default=4.0, help="requests per second")
-    parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--max-tokens", type=int, default=48)
-    parser.add_argument(
-        "--model", default="rwkv-lm-tiny", help="model, and infer config if started"
-    )
-    parser.add_argument("--url", help="a running server; without it one is started")
-    parser.add_argument("--seed", type=int, default=0, help="of the arrival clock")
-    parser.add_argument("--save", action="store_true", help="append to benchmarks/results/")
-    args = parser.parse_args()
+def measure(args: argparse.Namespace) -> dict[str, object]:
+    """Of the server at --url, or of one that is started here as a process of its own."""
     process, url = (None, args.url) if args.url else start_server(args)
     try:
-        figures = asyncio.run(measure(args, url))
+        return asyncio.run(figures_of(args, url))
     finally:
         if process is not None:
             process.terminate()
             process.wait(timeout=60)
-    for name, value in figures.items():
-        print(f"{name:34}{json.dumps(value)}")
-    finish("serve", figures, save=args.save)
-
-
-if __name__ == "__main__":
-    main()
