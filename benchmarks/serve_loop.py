@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -28,7 +29,11 @@ class EngineLoop:
 
     def __enter__(self) -> EngineLoop:
         self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            self._command,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},  # as of the servers
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         if self._answer() != READY:
             raise SystemExit("the engine loop did not start")
@@ -82,6 +87,9 @@ async def answer_lines(args: argparse.Namespace) -> None:
 def main() -> None:
     import uvloop
 
+    from api.__main__ import SWITCH_INTERVAL_S
+
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--infer-cfg", required=True)
     parser.add_argument("--config-dir", type=Path, required=True)
