@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+
+from msgspec.structs import replace
 
 from engine.client import RequestStream, merge
 from engine.types import FinishReason, OutputDelta, StateInfo
@@ -33,8 +34,7 @@ class Answers:
         assert streams, "somebody answers"
         self._streams = streams
         self._wake = asyncio.Event()
-        for stream in streams:
-            stream.wake_with(self._wake)
+        self.wake_with(self._wake.set)
         self._ids: list[list[int]] = [[] for _ in streams]
         self._ends: list[OutputDelta | None] = [None for _ in streams]
         self._num_open = len(streams)
@@ -71,15 +71,17 @@ class Answers:
         for stream in self._streams:
             stream.abort()
 
-    async def take(self, timeout_s: float | None = None) -> list[tuple[int, OutputDelta]]:
-        """What has come, with the number of the answer; [] after a silence of `timeout_s`.
+    def wake_with(self, wake: Callable[[], None]) -> None:
+        """From now on call `wake` for each delta that comes: for who reads with `poll`."""
+        for stream in self._streams:
+            stream.wake_with(wake)
 
-        Not to be called at the end.
-        """
+    async def take(self) -> list[tuple[int, OutputDelta]]:
+        """What has come, with the number of the answer. Not to be called at the end."""
         assert not self.is_finished, f"read past the end of {self.request_id}"
-        if not (found := self._poll()):
-            await self._wait(timeout_s)
-            found = self._poll()
+        while not (found := self.poll()):
+            self._wake.clear()
+            await self._wake.wait()
         return found
 
     async def collect(self) -> list[OutputDelta]:
@@ -104,10 +106,11 @@ class Answers:
     def abandon(self) -> list[StateInfo]:
         """Close, and give the states that were left by answers which have ended all the same."""
         self.close()
-        self._poll()
+        self.poll()
         return [end.state for end in self._ends if end is not None and end.state is not None]
 
-    def _poll(self) -> list[tuple[int, OutputDelta]]:
+    def poll(self) -> list[tuple[int, OutputDelta]]:
+        """What has come, without waiting."""
         found = []
         for index, stream in enumerate(self._streams):
             delta = stream.poll()
@@ -119,17 +122,6 @@ class Answers:
                 self._ends[index] = delta
                 self._num_open -= 1
         return found
-
-    async def _wait(self, timeout_s: float | None) -> None:
-        self._wake.clear()
-        if timeout_s is None:
-            await self._wake.wait()
-            return
-        alarm = asyncio.get_running_loop().call_later(timeout_s, self._wake.set)
-        try:
-            await self._wake.wait()
-        finally:
-            alarm.cancel()
 
 
 def best(candidates: Sequence[OutputDelta], num_each: int, num_choices: int) -> list[int]:

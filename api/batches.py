@@ -101,7 +101,7 @@ class _Work:
             stream = self._batch.submit(request)
         except EngineError as error:
             raise from_engine(error, field) from None
-        stream.wake_with(self._wake)
+        stream.wake_with(self._wake.set)
         self._open[number] = stream
 
     def _take(self) -> OutputDelta | None:

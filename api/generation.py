@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from blacksheep import Request, Response, StreamedContent
@@ -18,14 +18,14 @@ from api.encode import AnswerHead, ChoicePrompt, Details, Encoder, Usage, usage_
 from api.engine_request import check_room, choice_prompts, engine_requests
 from api.errors import ApiError, cancelled, draining, from_engine, timed_out
 from api.generation_body import GenerationBody
-from api.lifetime import lifetime_of
+from api.lifetime import Lifetime, lifetime_of
 from api.placement import Placed, place
 from api.prompt import Prompt
 from api.recent import recent_response
 from api.registry import Replica
 from api.respond import json_bytes_response
 from api.service import Service
-from api.sse import OPENAI, Framing, event_stream
+from api.sse import OPENAI, EventBody, Framing
 from engine.client import EngineClient, RequestStream
 from engine.errors import EngineError
 from engine.types import EngineRequest, FinishReason, OutputDelta, StateInfo
@@ -144,6 +144,7 @@ async def queue(
 
 async def respond(
     service: Service,
+    lifetime: Lifetime,
     body: GenerationBody,
     accepted: Accepted,
     encoder: Encoder,
@@ -173,13 +174,11 @@ async def respond(
         return usage_for(accepted, answers.ends)
 
     keep_alive_s = service.config.sse_keep_alive_ms / 1000
-
-    async def pieces() -> AsyncIterator[bytes]:
-        stream = event_stream(answers, encoder, failed, finish, keep_alive_s, framing)
-        async for piece in stream:
-            yield piece
-
-    return Response(200, list(STREAM_HEADERS), StreamedContent(b"text/event-stream", pieces))
+    events = EventBody(
+        answers, encoder, failed, finish, keep_alive_s, framing, lifetime.body_writer
+    )
+    content = StreamedContent(b"text/event-stream", events.pieces)
+    return Response(200, list(STREAM_HEADERS), content)
 
 
 def failure_of(service: Service, delta: OutputDelta) -> ApiError:

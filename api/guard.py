@@ -15,10 +15,12 @@ import resource
 import select
 from collections.abc import Collection, Iterable
 from heapq import nsmallest
+from typing import cast
 
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from api.body_writer import BODY_WRITER_KEY, BodyWriter
 from api.errors import ApiError
 
 KIB = 1024
@@ -95,6 +97,7 @@ class GuardedHttp(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answered = cycle
+        cast(dict[str, object], cycle.scope)[BODY_WRITER_KEY] = BodyWriter(cycle)
         super()._start_asgi_task(cycle, app)
 
     def connection_lost(self, exc: Exception | None) -> None:

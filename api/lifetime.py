@@ -19,6 +19,7 @@ from typing import Any, cast
 from blacksheep import Request
 
 from api.access import OPEN_PATHS, Caller, caller_of, cors_headers, header, preflight_headers
+from api.body_writer import BODY_WRITER_KEY, BodyWriter
 from api.dialect import error_body, request_id_headers
 from api.errors import ApiError, Headers
 from config import InferConfig
@@ -46,11 +47,14 @@ class ClientGone(Exception):
 class Lifetime:
     """What a route may know of its request's life. Found in the ASGI scope at LIFETIME_KEY."""
 
-    __slots__ = ("_callbacks", "caller", "request_id")
+    __slots__ = ("_callbacks", "body_writer", "caller", "request_id")
 
-    def __init__(self, request_id: str, caller: Caller) -> None:
+    def __init__(
+        self, request_id: str, caller: Caller, body_writer: BodyWriter | None = None
+    ) -> None:
         self.request_id = request_id
         self.caller = caller
+        self.body_writer = body_writer
         self._callbacks: list[Callable[[], None]] = []
 
     @property
@@ -62,6 +66,7 @@ class Lifetime:
         self._callbacks.append(callback)
 
     def end(self) -> None:
+        self.body_writer = None  # it refers to the scope, in which this lifetime is
         while self._callbacks:
             self._callbacks.pop()()
 
@@ -84,6 +89,7 @@ class LifetimeGuard:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http", "websockets and lifespan are switched off"
         config = self._config()
+        writer: BodyWriter | None = scope.pop(BODY_WRITER_KEY, None)
         headers: Headers = tuple(scope["headers"])
         cors = cors_headers(config.allowed_origins, headers)
         answer = Answer(send, scope["path"], _request_id(headers), cors)
@@ -96,7 +102,8 @@ class LifetimeGuard:
                 return
             caller = caller_of(config, scope["path"], headers)
             body = await _read_body(receive, headers, config.request_body_limit_bytes)
-            await self._run(scope, Lifetime(answer.request_id, caller), body, receive, answer)
+            lifetime = Lifetime(answer.request_id, caller, writer)
+            await self._run(scope, lifetime, body, receive, answer)
         except ApiError as error:
             await _refuse(error, receive, answer)
         except ClientGone:

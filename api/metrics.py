@@ -23,6 +23,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from api.about import own_version
+from api.loop_lag import lag_histogram
 from api.stats import Histogram, ModelStats
 from engine.types import CacheStats, EngineSnapshot
 
@@ -173,6 +174,7 @@ class Metrics:
     def __init__(self, snapshots: Snapshots, *, has_vllm_names: bool) -> None:
         self._stats: dict[str, ModelStats] = {}
         self._reloads: Counter[str] = Counter({"applied": 0, "rejected": 0})
+        self.loop_lag = lag_histogram()
         self._snapshots = snapshots
         self._prefixes = (OWN, VLLM) if has_vllm_names else (OWN,)
         self._process = ProcessCollector(registry=None)
@@ -189,6 +191,7 @@ class Metrics:
         scrape = Scrape(
             stats=deepcopy(self._stats),
             reloads=dict(self._reloads),
+            loop_lag=deepcopy(self.loop_lag),
             snapshots=self._snapshots(),
             prefixes=self._prefixes,
             num_tasks=len(asyncio.all_tasks()),
@@ -208,6 +211,7 @@ class Scrape(Collector):
 
     stats: Mapping[str, ModelStats]
     reloads: Mapping[str, int]
+    loop_lag: Histogram
     snapshots: Mapping[str, Replicas]
     prefixes: Sequence[str]
     num_tasks: int
@@ -221,6 +225,11 @@ class Scrape(Collector):
         for result, count in self.reloads.items():
             reloads.add_metric([result], count)
         yield reloads
+        lag = HistogramMetricFamily(
+            "rwkv_event_loop_lag_seconds", "How late the event loop was, 20 times a second."
+        )
+        lag.add_metric([], self.loop_lag.buckets(), self.loop_lag.total)
+        yield lag
         yield from self._gauges()
         yield from self._counters()
         yield from self._histograms()

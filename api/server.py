@@ -21,6 +21,7 @@ from api.app import create_app
 from api.guard import GuardedHttp, sweep
 from api.lifetime import App
 from api.listener import Listener, bind_error
+from api.loop_lag import observe_lag
 from api.reload import Reloader
 from api.service import Build, Service
 from api.source import ConfigSource
@@ -114,12 +115,16 @@ async def opened(
         reloader = Reloader(service, source, file_stamps(config))
         await service.open()
         server = EmbeddedServer(await create_app(service, reloader), listener, http)
-        watcher = asyncio.create_task(watch_folders(source.folders, reloader.reload_files))
+        watchers = [
+            asyncio.create_task(watch_folders(source.folders, reloader.reload_files)),
+            asyncio.create_task(observe_lag(service.metrics.loop_lag)),
+        ]
         try:
             yield service, server
         finally:
-            watcher.cancel()
-            await asyncio.wait([watcher])
+            for watcher in watchers:
+                watcher.cancel()
+            await asyncio.wait(watchers)
     finally:
         listener.close()
         await service.close()

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
+
+from msgspec.structs import replace
 
 from engine.tokenizer import Tokenizer
 from engine.types import (
@@ -166,7 +168,8 @@ class RequestStream(AsyncIterator[OutputDelta]):
         self._pending: OutputDelta | None = None
         self._is_finished = False  # the last delta was put
         self._is_read = False  # the last delta was taken
-        self._wake = asyncio.Event()
+        self._news = asyncio.Event()
+        self._wake: Callable[[], None] = self._news.set
 
     @property
     def is_closed(self) -> bool:
@@ -182,19 +185,19 @@ class RequestStream(AsyncIterator[OutputDelta]):
         assert not self._is_finished, f"delta after the last one of {self.request_id}"
         self._pending = delta if self._pending is None else merge(self._pending, delta)
         self._is_finished = delta.finish_reason is not None
-        self._wake.set()
+        self._wake()
 
     async def __anext__(self) -> OutputDelta:
         if self._is_read:
             raise StopAsyncIteration
         while (delta := self.poll()) is None:
-            self._wake.clear()
-            await self._wake.wait()
+            self._news.clear()
+            await self._news.wait()
         return delta
 
-    def wake_with(self, event: asyncio.Event) -> None:
-        """From now on set `event` when something comes: for who reads several with `poll`."""
-        self._wake = event
+    def wake_with(self, wake: Callable[[], None]) -> None:
+        """From now on call `wake` when something comes: for who reads with `poll`."""
+        self._wake = wake
 
     def poll(self) -> OutputDelta | None:
         """What has come, without waiting."""
@@ -202,21 +205,6 @@ class RequestStream(AsyncIterator[OutputDelta]):
         if delta is not None:
             self._is_read = delta.finish_reason is not None
         return delta
-
-    async def take(self, timeout_s: float) -> OutputDelta | None:
-        """Like `anext`, but None when nothing came for `timeout_s`. Not to be called at the end.
-
-        For readers with something to say in silence; cheaper per token than `asyncio.timeout`.
-        """
-        assert not self._is_read, f"read past the last delta of {self.request_id}"
-        if self._pending is None:
-            self._wake.clear()
-            alarm = asyncio.get_running_loop().call_later(timeout_s, self._wake.set)
-            try:
-                await self._wake.wait()
-            finally:
-                alarm.cancel()
-        return None if self._pending is None else await anext(self)
 
     def abort(self) -> None:
         """End the request now; its reader finds what there is, and FinishReason.ABORT."""

@@ -71,8 +71,7 @@ class Scores(NamedTuple):
     tops: tuple[TopLogprobs, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One sequence's part in a step: feed `num_tokens` tokens, from state `src` to state `dst`.
 
     `tokens` is None for a decode row: its one token is the seat's newest sampled token, which

@@ -134,8 +134,8 @@ class Response:
             num_output_tokens=len(seq.output_ids),
             num_cached_tokens=seq.num_cached_tokens,
             error=seq.error if reason is FinishReason.ERROR else None,
-            logprobs=tuple(seq.logprobs[shown]),
-            tops=tuple(seq.tops[shown]),
+            logprobs=tuple(seq.logprobs[shown]) if seq.logprobs else (),
+            tops=tuple(seq.tops[shown]) if seq.tops else (),
             prompt_logprobs=tuple(seq.prompt_logprobs) if has_news else (),
             prompt_tops=tuple(seq.prompt_tops) if has_news else (),
             num_text_bytes=max(num_text_bytes, 0),
@@ -151,6 +151,8 @@ class Response:
     def _num_uncertain(self) -> int:
         """The newest tokens of which every byte may turn out to belong to a stop string."""
         num_bytes, num_tokens = self._output.num_held_bytes, 0
+        if num_bytes == 0:  # nearly always: this runs for each token
+            return 0
         for token_id in reversed(self.seq.output_ids):
             if num_bytes <= 0:
                 break

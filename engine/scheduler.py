@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Collection
-from dataclasses import dataclass
 from itertools import count, islice
 from time import perf_counter
+from typing import NamedTuple
 
 from engine.plan import BAD_TOKEN, NO_TOKEN, Draw, Row, SeatStart, StepPlan, StepResult
 from engine.sequence import Sequence, SequenceStatus
@@ -28,8 +28,7 @@ DECODE_INTERVAL = 4
 NO_TOKEN_LEFT = "the limits of its grammar, or what it forbids, leave no token to go on with"
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(NamedTuple):
     """What a step means to a reader: a further token, or None: the sequence has ended without."""
 
     seq: Sequence

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+import msgspec
+
 # Token ids with the natural logarithms of their probabilities.
 TopLogprobs = tuple[tuple[int, float], ...]
 
@@ -135,8 +137,8 @@ class EngineRequest:
     is_bound: bool = False  # while it waits, it is not handed over to another engine
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputDelta:
+# One is made for each token: a Struct, which is made four times as fast as a frozen dataclass.
+class OutputDelta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What a request produced since its reader last looked.
 
     `text` is complete UTF-8 and never holds part of a stop string; it may be empty in the last

@@ -8,6 +8,7 @@ from api.answer_reader import AnswerForm
 from api.chat_prompt import chat_prompt
 from api.encode_chat import ChatEncoder
 from api.generation import PromptsFor, accept, respond
+from api.lifetime import lifetime_of
 from api.prompt import Prompt
 from api.registry import Replica
 from api.respond import read_json
@@ -31,7 +32,7 @@ def chat_routes(service: Service) -> list[Route]:
             details=accepted.details(body),
             prompt=accepted.prompts[0] if accepted.prompts else None,
         )
-        return await respond(service, body, accepted, encoder)
+        return await respond(service, lifetime_of(request), body, accepted, encoder)
 
     return [Route("POST", "/v1/chat/completions", create_chat_completion)]
 

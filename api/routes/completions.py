@@ -6,6 +6,7 @@ from blacksheep import Request, Response
 
 from api.encode_completion import CompletionEncoder
 from api.generation import PromptsFor, accept, respond
+from api.lifetime import lifetime_of
 from api.prompt import Prompt
 from api.registry import Replica
 from api.respond import read_json
@@ -30,7 +31,7 @@ def completion_routes(service: Service) -> list[Route]:
             prompts=accepted.prompts,
             echoes=body.echoes,
         )
-        return await respond(service, body, accepted, encoder)
+        return await respond(service, lifetime_of(request), body, accepted, encoder)
 
     return [Route("POST", "/v1/completions", create_completion)]
 

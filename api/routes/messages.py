@@ -7,6 +7,7 @@ from blacksheep import Request, Response
 from api.answer_reader import AnswerForm
 from api.chat_prompt import chat_prompt
 from api.generation import accept, respond
+from api.lifetime import lifetime_of
 from api.message_body import parse_count, parse_messages
 from api.message_encode import PING, MessageEncoder
 from api.placement import place
@@ -32,7 +33,7 @@ def message_routes(service: Service) -> list[Route]:
         form = accepted.form or AnswerForm()
         encoder = MessageEncoder(accepted.head, len(only.prompt_ids), form, body.added_stops)
         framing = named_events(encoder.fail, PING)
-        return await respond(service, body, accepted, encoder, framing)
+        return await respond(service, lifetime_of(request), body, accepted, encoder, framing)
 
     async def count_tokens(request: Request) -> Response:
         body = parse_count(await read_json(request))

@@ -48,7 +48,7 @@ def response_routes(service: Service) -> list[Route]:
         answers = created.accepted.answers
         service.running.enter(lifetime, answers.cancel, created.accepted.head.answer_id)
         framing = named_events(encoder.fail)
-        return await respond(service, body, created.accepted, encoder, framing)
+        return await respond(service, lifetime, body, created.accepted, encoder, framing)
 
     async def retrieve_response(request: Request) -> Response:
         if query_of(request, RetrieveFields).stream:

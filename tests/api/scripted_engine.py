@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import count
 
+from msgspec import structs
+
 from engine.client import RequestStream, Resumed
 from engine.core import EngineCore
 from engine.errors import Draining, InvalidRequest, StateMismatch, StateNotFound, StatesFull
@@ -175,7 +177,7 @@ class ScriptedEngine(EngineCore):
         put, num_prompt = stream.put, len(request.prompt_ids)
 
         def put_translated(delta: OutputDelta) -> None:
-            put(replace(delta, num_prompt_tokens=num_prompt, num_state_tokens=len(base)))
+            put(structs.replace(delta, num_prompt_tokens=num_prompt, num_state_tokens=len(base)))
 
         stream.put = put_translated  # type: ignore[method-assign]
         return stream
@@ -245,7 +247,7 @@ class ScriptedEngine(EngineCore):
 
         def translate(delta: OutputDelta) -> None:
             drawn.extend(delta.token_ids)
-            delta = replace(
+            delta = structs.replace(
                 delta,
                 num_prompt_tokens=len(request.prompt_ids),
                 num_state_tokens=len(base),
@@ -268,9 +270,9 @@ class ScriptedEngine(EngineCore):
         ):
             resume_id = f"resume-{request.request_id}"
             self.disk.suspended[resume_id] = Suspended(replace(request, prompt_ids=ids), drawn)
-            return replace(delta, finish_reason=FinishReason.SUSPENDED, resume_id=resume_id)
+            return structs.replace(delta, finish_reason=FinishReason.SUSPENDED, resume_id=resume_id)
         keep = request.keep_state
         if keep is not None and delta.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             state = self.states.add(request.owner, (*ids, *drawn), keep, request.state_id)
-            return replace(delta, state=state)
+            return structs.replace(delta, state=state)
         return delta

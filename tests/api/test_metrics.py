@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -122,3 +124,15 @@ def test_histogram_counts_a_value_at_its_bound_below_it():
         histogram.observe(value)
     assert histogram.buckets() == [("1.0", 2), ("2.0", 4), ("+Inf", 5)]
     assert histogram.total == 104.0
+
+
+async def test_loop_that_is_held_up_shows_its_lag(tmp_path: Path):
+    async with running(tmp_path) as server:
+        await eventually(lambda: sum(server.service.metrics.loop_lag.counts) > 0)
+        await asyncio.sleep(0)
+        time.sleep(0.6)  # noqa: ASYNC251 (the fault)
+        await eventually(lambda: server.service.metrics.loop_lag.total > 0.5)
+        found = await scrape(server)
+    num_all = found["rwkv_event_loop_lag_seconds_count", ()]
+    assert num_all > found["rwkv_event_loop_lag_seconds_bucket", (("le", "0.5"),)]
+    assert found["rwkv_event_loop_lag_seconds_sum", ()] > 0.5

@@ -58,7 +58,7 @@ def page_is_reset_at_once_instead_of_in_the_plan(patch: Patch) -> None:
                 if row.src.slot == ZERO_SLOT:
                     self.model.pages[row.dst.slot] = Page(0, row.dst.generation)
             in_place = [
-                replace(row, src=row.dst) if row.src.slot == ZERO_SLOT else row for row in made.rows
+                row._replace(src=row.dst) if row.src.slot == ZERO_SLOT else row for row in made.rows
             ]
             self.in_flight[-1] = replace(made, rows=tuple(in_place))
         return made
@@ -226,24 +226,24 @@ def change_rows(patch: Patch, change: Callable[[Row], Row]) -> None:
 
 
 def position_is_off_by_one(patch: Patch) -> None:
-    change_rows(patch, lambda row: replace(row, position=row.position + 1))
+    change_rows(patch, lambda row: row._replace(position=row.position + 1))
 
 
 def decode_position_is_that_of_the_token_drawn(patch: Patch) -> None:
     change_rows(
-        patch, lambda row: replace(row, position=row.position + 1) if row.tokens is None else row
+        patch, lambda row: row._replace(position=row.position + 1) if row.tokens is None else row
     )
 
 
 def each_chunk_draws(patch: Patch) -> None:
-    change_rows(patch, lambda row: replace(row, sample=True))
+    change_rows(patch, lambda row: row._replace(sample=True))
 
 
 def prompt_token_is_fed_twice(patch: Patch) -> None:
     def stutter(row: Row) -> Row:
         if not row.tokens or row.position == 0:
             return row
-        return replace(row, tokens=(row.tokens[0], *row.tokens[:-1]))
+        return row._replace(tokens=(row.tokens[0], *row.tokens[:-1]))
 
     change_rows(patch, stutter)
 
@@ -315,7 +315,7 @@ def result_of_an_ended_row_goes_to_the_next_in_its_seat(patch: Patch) -> None:
 
     def by_seat(self: Scheduler, plan: StepPlan, result: StepResult) -> list[Progress]:
         owners = {seq.seat: seq.seq_id for seq in self._running.values()}
-        rows = tuple(replace(row, seq_id=owners.get(row.seat, row.seq_id)) for row in plan.rows)
+        rows = tuple(row._replace(seq_id=owners.get(row.seat, row.seq_id)) for row in plan.rows)
         return commit(self, replace(plan, rows=rows), result)
 
     patch.setattr(Scheduler, "commit", by_seat)

@@ -98,7 +98,7 @@ def position_does_not_count_the_base(patch: Patch) -> None:
 
     def row(self: Scheduler, seq: Sequence, num_tokens: int) -> Row:
         made = row_of(self, seq, num_tokens)
-        return replace(made, position=made.position - seq.num_base_tokens)
+        return made._replace(position=made.position - seq.num_base_tokens)
 
     patch.setattr(Scheduler, "_row", row)
 

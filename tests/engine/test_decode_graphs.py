@@ -83,9 +83,9 @@ def test_rows_that_are_told_more_take_the_logits() -> None:
     starts = (start(0), start(1), start(2, replace(GREEDY, num_top_logprobs=2)))
     rows = [prefill(seat, (4, 5), seat + 1) for seat in range(3)]
     first = device.run(*rows, starts=starts).tokens
-    keeps = replace(decode(0, 2, 1, 1), keep_logits=True)
-    hidden = replace(decode(1, 2, 2, 2), returns_hidden=True)
-    silent = replace(decode(2, 2, 3, 3), sample=False)
+    keeps = decode(0, 2, 1, 1)._replace(keep_logits=True)
+    hidden = decode(1, 2, 2, 2)._replace(returns_hidden=True)
+    silent = decode(2, 2, 3, 3)._replace(sample=False)
     draws = device.run(keeps, hidden, silent)
     expected = raw_logits(device.model, [4, 5, first[0]])
     assert torch.allclose(device.storage.logits[1], expected, rtol=0, atol=1e-12)

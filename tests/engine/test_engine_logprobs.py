@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from engine.core import EngineCore
 from engine.types import EngineRequest, FinishReason, OutputDelta, SamplingParams, StateOptions
@@ -247,7 +248,7 @@ async def test_answers_that_are_suspended_keep_logprobs_and_rules(
     assert first.resume_id is not None
     async with opened(table) as core:
         second = await core.resume(first.resume_id, "me", "again").collect()
-    whole = replace(
+    whole = structs.replace(
         second,
         text=first.text + second.text,
         token_ids=first.token_ids + second.token_ids,
@@ -272,7 +273,7 @@ async def suspended_after(core: EngineCore, asked: EngineRequest, num_tokens: in
     assert await drained
     whole = parts[0]
     for part in parts[1:]:
-        whole = replace(
+        whole = structs.replace(
             part,
             text=whole.text + part.text,
             token_ids=whole.token_ids + part.token_ids,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,7 @@ def test_rows_that_return_it_get_their_own_in_plan_order() -> None:
     device = make_device(random_model(torch.float32))
     device.run(prefill(0, (1, 2, 3), 1), starts=(start(0),))
     asked = [
-        replace(prefill(seq, ids, seq + 1), returns_hidden=True)
+        prefill(seq, ids, seq + 1)._replace(returns_hidden=True)
         for seq, ids in ((1, (4, 5)), (2, (6,)), (3, (7, 8, 9)))
     ]
     starts = tuple(start(seq) for seq in (1, 2, 3))

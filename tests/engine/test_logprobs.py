@@ -99,7 +99,7 @@ def scored(row: Row, prompt: Sequence[int]) -> Row:
     """The row is to score all it can say about the prompt."""
     assert row.num_tokens > 0
     begin = row.position
-    return replace(row, targets=Targets(0, tuple(prompt[begin + 1 : begin + 1 + row.num_tokens])))
+    return row._replace(targets=Targets(0, tuple(prompt[begin + 1 : begin + 1 + row.num_tokens])))
 
 
 @pytest.mark.parametrize("part_len", [1, 3, 1000])
@@ -142,7 +142,7 @@ def test_rows_score_the_tokens_that_follow_theirs_in_plan_order(
 def test_scores_begin_where_they_are_asked_for() -> None:
     device = make_device(random_model())
     prompt = (3, 9, 4, 7, 8)
-    row = replace(prefill(0, prompt, 1), targets=Targets(2, prompt[3:]))
+    row = prefill(0, prompt, 1)._replace(targets=Targets(2, prompt[3:]))
     draws = device.run(row, starts=(start(0),))
     expected = model_scores(device.model, prompt)
     values = [float(expected[place, prompt[place + 1]]) for place in (2, 3)]

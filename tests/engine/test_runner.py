@@ -231,7 +231,7 @@ def test_kept_logits_are_those_of_the_model_before_penalties_and_bans() -> None:
     sampling = replace(GREEDY, presence_penalty=50.0, banned_token_ids=(1, 2, 3))
     out = device.run(prefill(0, (4, 5), 1), starts=(start(0, sampling),)).tokens
     rows = (
-        replace(decode(0, 2, 1, 2), keep_logits=True),
+        decode(0, 2, 1, 2)._replace(keep_logits=True),
         prefill(1, (8, 9), 3, sample=False, keep_logits=True),
         prefill(2, (10, 11), 4),
     )
@@ -254,7 +254,7 @@ def test_a_page_without_logits_gives_a_bad_token_rather_than_those_of_another() 
 def test_a_row_of_no_tokens_must_draw_and_write_nothing(broken: str) -> None:
     device = make_device(random_model())
     row = draw_again(0, 2, 1)
-    row = replace(row, sample=False) if broken == "no draw" else replace(row, keep_logits=True)
+    row = row._replace(sample=False) if broken == "no draw" else row._replace(keep_logits=True)
     with pytest.raises(AssertionError, match="sequence 0"):
         device.run(row, starts=(start(0),))
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 import msgspec
 import pytest
+from msgspec import structs
 
 from engine.state.page import ReadFile, WriteFile, WriteRecord
 from engine.types import FinishReason
@@ -174,7 +174,7 @@ async def test_a_broken_or_old_record_is_given_up_with_one_line(
         await machine.settle()
         assert list(machine.folder.records) == ["gen-good"]
         request = ask("r", LONG, max_tokens=40)
-        good = replace(delta, resume_id="gen-good")
+        good = structs.replace(delta, resume_id="gen-good")
         assert_answers(await resumed(machine, good), request)
 
 
