@@ -102,7 +102,9 @@ def _forward(run, seq, head, scratch):  # type: ignore[no-untyped-def]
     size = run.size
     area = size * size
     state, tokens = scratch, scratch + 4 * area
-    _to_blocks(run.source + 4 * (load_int64(run.src, seq) * run.source_slot + head * area), size, state)
+    _to_blocks(
+        run.source + 4 * (load_int64(run.src, seq) * run.source_slot + head * area), size, state
+    )
     end, segment = load_int64(run.starts, seq + 1), load_int64(run.segments, seq)
     for row in range(load_int64(run.starts, seq), end, SEGMENT):
         count = min(SEGMENT, end - row)
@@ -195,7 +197,9 @@ def _backward(run, seq, head, scratch):  # type: ignore[no-untyped-def]
             read_out_backward(run, head, row + t, token, partial)
         for column in range(0, size, LANES):
             at = 4 * column * size
-            _segment_backward(run, head, row, count, column, tokens, kept + at, d_state + at, history)
+            _segment_backward(
+                run, head, row, count, column, tokens, kept + at, d_state + at, history
+            )
         for t in range(count):
             norm = load_scalar(norms, t)
             prepare_backward(run, head, row + t, tokens + t * token_bytes, norm, partial)

@@ -57,7 +57,9 @@ def time_mix(rows: TimeMixRows, weights: TimeMixWeights, batch: Batch, wkv_pool:
     extra = -heads[1] % LANES
     if extra:
         tensors = [F.pad(x.reshape(-1, *heads), (0, extra)) for x in tensors]
-        tensors = [x.flatten(-2).squeeze(0) if i < 5 else x.flatten(1) for i, x in enumerate(tensors)]
+        tensors = [
+            x.flatten(-2).squeeze(0) if i < 5 else x.flatten(1) for i, x in enumerate(tensors)
+        ]
     tensors = [x.contiguous() for x in tensors]
     spans = Spans.of_batch(batch)
     if torch.is_grad_enabled():
@@ -170,9 +172,7 @@ class _TimeMix(torch.autograd.Function):
         if d_state is not None:
             found["d_state"] = d_state
         places = torch.arange(len(states))
-        _in_threads(
-            backward, _run(ctx.spans, ctx.heads, tensors, states, places, **given, **found)
-        )
+        _in_threads(backward, _run(ctx.spans, ctx.heads, tensors, states, places, **given, **found))
         sums = zip(partials.sum(0), tensors, strict=False)
         d_weights = [x.view(like.shape) for x, like in sums]
         return (None, None, d_state, *d_weights, *d_rows)
