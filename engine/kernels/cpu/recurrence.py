@@ -88,7 +88,7 @@ def scratch_floats(size: int) -> int:
 
 
 @njit(cache=True, nogil=True)
-def forward(runs, first, step, scratch):  # type: ignore[no-untyped-def]
+def forward(runs, first, step, scratch):
     """Units first, first + step, ...: y, out, and states to where they belong."""
     run = runs[0]
     for unit in range(first, run.num_sequences * run.num_heads, step):
@@ -98,7 +98,7 @@ def forward(runs, first, step, scratch):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _forward(run, seq, head, scratch):  # type: ignore[no-untyped-def]
+def _forward(run, seq, head, scratch):
     size = run.size
     area = size * size
     state, tokens = scratch, scratch + 4 * area
@@ -127,7 +127,7 @@ def _forward(run, seq, head, scratch):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _to_blocks(state, size, blocks):  # type: ignore[no-untyped-def]
+def _to_blocks(state, size, blocks):
     """[key, value] as [value / 16, key, 16]."""
     for column in range(0, size, LANES):
         for j in range(size):
@@ -135,14 +135,14 @@ def _to_blocks(state, size, blocks):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _from_blocks(blocks, size, state):  # type: ignore[no-untyped-def]
+def _from_blocks(blocks, size, state):
     for column in range(0, size, LANES):
         for j in range(size):
             store(state, j * size + column, load(blocks, column * size + LANES * j))
 
 
 @njit(cache=True, nogil=True)
-def _advance(run, head, row, column, token, state):  # type: ignore[no-untyped-def]
+def _advance(run, head, row, column, token, state):
     """u, S and y of 16 values of a token; `state` is [key, 16]."""
     size = run.size
     o = row * run.width + head * size
@@ -165,7 +165,7 @@ def _advance(run, head, row, column, token, state):  # type: ignore[no-untyped-d
 
 
 @njit(cache=True, nogil=True)
-def backward(runs, first, step, scratch):  # type: ignore[no-untyped-def]
+def backward(runs, first, step, scratch):
     """Units first, first + step, ...: gradients of all that came in."""
     run = runs[0]
     for unit in range(first, run.num_sequences * run.num_heads, step):
@@ -173,7 +173,7 @@ def backward(runs, first, step, scratch):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _backward(run, seq, head, scratch):  # type: ignore[no-untyped-def]
+def _backward(run, seq, head, scratch):
     size = run.size
     area, token_bytes = size * size, 4 * NUM_PLACES * size
     d_state, tokens = scratch, scratch + 4 * area
@@ -211,7 +211,7 @@ def _backward(run, seq, head, scratch):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _segment_backward(run, head, row, count, column, tokens, kept, d_state, history):  # type: ignore[no-untyped-def]
+def _segment_backward(run, head, row, count, column, tokens, kept, d_state, history):
     """16 values through a segment: its states again, then backward; `d_state` is [16, key]."""
     size = run.size
     token_bytes, state_bytes = 4 * NUM_PLACES * size, 4 * LANES * size
@@ -232,7 +232,7 @@ def _segment_backward(run, head, row, count, column, tokens, kept, d_state, hist
 
 
 @njit(cache=True, nogil=True)
-def _again(size, column, token, u, before):  # type: ignore[no-untyped-def]
+def _again(size, column, token, u, before):
     """The state after a token behind the one before it, both [16, key]."""
     after = before + 4 * LANES * size
     for j in range(0, size, LANES):
@@ -244,7 +244,7 @@ def _again(size, column, token, u, before):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _through_sum(size, column, token, r, u, before, d_state, sums):  # type: ignore[no-untyped-def]
+def _through_sum(size, column, token, r, u, before, d_state, sums):
     """All that needs G and not d_u; d_u goes to the end of `sums`."""
     after, d_u = before + 4 * LANES * size, sums + 8 * LANES * LANES
     for j in range(0, size, LANES):
@@ -275,7 +275,7 @@ def _through_sum(size, column, token, r, u, before, d_state, sums):  # type: ign
 
 
 @njit(cache=True, nogil=True)
-def _through_state(size, column, token, r, before, d_state, sums):  # type: ignore[no-untyped-def]
+def _through_state(size, column, token, r, before, d_state, sums):
     """d_A, and G of the token before."""
     d_u = sums + 8 * LANES * LANES
     for j in range(0, size, LANES):

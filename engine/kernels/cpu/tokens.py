@@ -42,12 +42,12 @@ SCALE, EPS, KEY_EPS = float32(DECAY_SCALE), float32(GROUP_NORM_EPS), float32(KEY
 
 
 @njit(forceinline=True)
-def _add(where, offset, value):  # type: ignore[no-untyped-def]
+def _add(where, offset, value):
     store(where, offset, load(where, offset) + value)
 
 
 @njit(cache=True, nogil=True)
-def prepare(run, head, row, token):  # type: ignore[no-untyped-def]
+def prepare(run, head, row, token):
     """W, KEY, A, B and VALUE of a token; returns what its removal key was divided by."""
     size = run.size
     c = head * size
@@ -79,7 +79,7 @@ def prepare(run, head, row, token):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _moments(run, y):  # type: ignore[no-untyped-def]
+def _moments(run, y):
     """Mean of y, and one over its standard deviation."""
     sums, squares = splat(0.0), splat(0.0)
     for i in range(0, run.size, 16):
@@ -93,7 +93,7 @@ def _moments(run, y):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def read_out(run, head, row, token):  # type: ignore[no-untyped-def]
+def read_out(run, head, row, token):
     """Group norm of y, the bonus, the gate."""
     size = run.size
     c = head * size
@@ -113,7 +113,7 @@ def read_out(run, head, row, token):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def read_out_backward(run, head, row, token, partial):  # type: ignore[no-untyped-def]
+def read_out_backward(run, head, row, token, partial):
     """D_Y, and what the bonus gives to D_R, D_KEY and D_VALUE; d_g is whole."""
     size, width = run.size, run.width
     c = head * size
@@ -154,7 +154,7 @@ def read_out_backward(run, head, row, token, partial):  # type: ignore[no-untype
 
 
 @njit(cache=True, nogil=True)
-def prepare_backward(run, head, row, token, norm, partial):  # type: ignore[no-untyped-def]
+def prepare_backward(run, head, row, token, norm, partial):
     """Gradients of a token's inputs, from those of W, KEY, A, B, VALUE and r."""
     size, width = run.size, run.width
     c = head * size
