@@ -31,6 +31,7 @@ from benchmarks.gpu_server import server_rows
 from benchmarks.gpu_targets import judged
 from benchmarks.gpu_training import training_rows
 from benchmarks.record import RESULTS, commit, finish
+from engine.kernels import reference
 from engine.kernels.choice import choose_backend
 
 SECTIONS: dict[str, tuple[Callable[[Bench], Iterator[Row]], float]] = {
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(args.device)
     is_cpu = device.type == "cpu"
     dtype = DTYPES[args.dtype or ("float32" if is_cpu else "bfloat16")]
-    bench = Bench(device, dtype, choose_backend(device, 64))
+    bench = Bench(device, dtype, reference if is_cpu else choose_backend(device, 64))
     folder = args.out or (None if is_cpu else RESULTS)  # tiny shapes are no result
     rows = run(bench, args.only, keeper(folder, bench))
     finish("gpu", {"device": bench.name, "rows": rows}, save=False)

@@ -1,4 +1,4 @@
-"""Which backend computes a model. Loads Triton only where it is wanted and there."""
+"""Which backend computes a model. Loads Triton or numba only where it is wanted and there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 def choose_backend(device: torch.device, head_size: int) -> Backend:
-    """Triton's on a GPU, else the reference; says in one line of the log which, and why."""
+    """Triton's on a GPU, numba's on a CPU, else the reference; one line of the log says which,
+    and why. Numba's computes float32; what is of another type it leaves to the reference."""
+    if device.type == "cpu":
+        return _of_cpu()
     reason = _against_triton(device, head_size)
     if reason is not None:
         logger.info("kernels: reference (%s)", reason)
@@ -22,6 +25,16 @@ def choose_backend(device: torch.device, head_size: int) -> Backend:
     from engine.kernels.gpu import backend
 
     logger.info("kernels: triton")
+    return backend
+
+
+def _of_cpu() -> Backend:
+    if find_spec("numba") is None:
+        logger.info("kernels: reference (numba is not installed)")
+        return reference
+    from engine.kernels.cpu import backend
+
+    logger.info("kernels: numba for the time mix in float32, else reference")
     return backend
 
 

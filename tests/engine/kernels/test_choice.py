@@ -24,8 +24,19 @@ def chosen(
     return backend, caplog.messages
 
 
-def test_cpu_takes_the_reference(caplog: pytest.LogCaptureFixture) -> None:
-    assert chosen(CPU, 64, caplog) == (reference, ["kernels: reference (device cpu)"])
+def test_cpu_without_numba_takes_the_reference(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    expected = (reference, ["kernels: reference (numba is not installed)"])
+    assert chosen(CPU, 64, caplog) == expected
+
+
+@pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
+def test_cpu_with_numba_takes_its_kernels(caplog: pytest.LogCaptureFixture) -> None:
+    backend, messages = chosen(CPU, 64, caplog)
+    assert getattr(backend, "__name__", None) == "engine.kernels.cpu.backend"
+    assert messages == ["kernels: numba for the time mix in float32, else reference"]
 
 
 def test_gpu_without_triton_takes_the_reference(
