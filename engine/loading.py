@@ -68,6 +68,7 @@ def _load_fused(table: ModelTable) -> Loaded:
     from engine.kernels.cpu.cores import physical_cores
     from engine.model.fused import FusedRWKV7
     from engine.model.pack import pack
+    from engine.model.progress import shown
 
     if table.dtype == "int8":
         _check_int8(table)
@@ -80,8 +81,11 @@ def _load_fused(table: ModelTable) -> Loaded:
         source = str(table.weights_path)
     dtype = _lossless(tensors) if table.dtype == "auto" else table.dtype
     num_threads = table.num_threads or physical_cores()
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    what = f"{num_bytes >> 20} MiB from {source}, packed as {dtype}"
     try:
-        weights = pack(tensors, dims, dtype, num_threads)
+        with shown("weights", what, num_bytes) as advance:
+            weights = pack(tensors, dims, dtype, num_threads, advance)
     except ValueError as error:
         raise WeightsError(f"{source}: {error}; use another dtype than int8") from error
     model = FusedRWKV7(dims, weights, num_threads)
