@@ -65,7 +65,7 @@ class ModelTable:
         Literal["auto", "float32", "bfloat16", "float16", "float64", "int8"],
         Key(
             '(new) number format of the matrices; "auto" = bfloat16 on a GPU, and on a CPU what the'
-            ' checkpoint has, bfloat16 as a rule, computed in float32; "int8" = a scale for every 64'
+            ' checkpoint has, mostly bfloat16, computed in float32; "int8" = one scale for each 64'
             " inputs, quicker and a little less exact"
         ),
     ] = "auto"

@@ -96,7 +96,8 @@ def _load_fused(table: ModelTable) -> Loaded:
 
 def _lossless(tensors: dict[str, Tensor]) -> str:
     """Official checkpoints are bfloat16; one that says more than that is kept as it is."""
-    is_half = all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+    matrices = (tensor for tensor in tensors.values() if tensor.dim() == 2)
+    is_half = all(matrix.dtype == torch.bfloat16 for matrix in matrices)
     return "bfloat16" if is_half else "float32"
 
 

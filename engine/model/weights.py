@@ -261,7 +261,8 @@ def fingerprint(tensors: Mapping[str, Tensor], kind: str = "") -> str:
 def _fill_unused(tensors: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     for suffix in _UNUSED:
         name = f"blocks.0.{suffix}"
-        tensors[name] = torch.zeros(expected[name].shape)
+        dtype = tensors["emb.weight"].dtype
+        tensors[name] = torch.zeros(expected[name].shape, dtype=dtype)
 
 
 def _some(what: str, names: set[str]) -> str:
