@@ -1,10 +1,11 @@
 """A GGUF file, which llama.cpp loads, from an RWKV-7 checkpoint and its vocabulary.
 
-    python -m benchmarks.gguf WEIGHTS VOCABULARY OUT.gguf [--dtype float16]
+    python -m benchmarks.gguf WEIGHTS VOCABULARY OUT.gguf [--dtype q8_0]
 
 The container follows the GGUF specification (github.com/ggml-org/ggml, docs/gguf.md, version 3);
 names and shapes are those that llama.cpp's architecture `rwkv7` asks for. Everything is written
-as float32, or the large matrices as float16. It knows no server.
+as float32, or the large matrices as float16 or Q8_0: one float16 scale for 32 int8. It knows no
+server.
 
 Legend: C channels, V vocabulary, D a rank.
 """
@@ -16,6 +17,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +38,8 @@ CHAT_TEMPLATE = (
     ": {{ message.content | trim }}\n\n{% endfor %}Assistant:"
 )
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9  # types of values
-TENSOR_TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1}
+TENSOR_TYPES = {"float32": 0, "float16": 1, "q8_0": 8}
+Q8_0_BLOCK = np.dtype([("scale", "<f2"), ("values", "i1", 32)])
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # types of tokens
 
 
@@ -45,27 +48,29 @@ class TypedTensor:
     """An array as it lies in the file, row-major; GGUF lists its dimensions the other way round."""
 
     name: str
-    data: np.ndarray[tuple[int, ...], np.dtype[np.floating]]
+    shape: tuple[int, ...]
+    dtype: str
+    data: np.ndarray[tuple[int, ...], np.dtype[Any]]
 
 
 def write_gguf(weights: Path, vocabulary: Path | str, out: Path, dtype: str = "float32") -> None:
     """Raises WeightsError or TokenizerError for a file that is none of ours, ValueError for a
-    `dtype` other than float32 and float16."""
-    if dtype not in ("float32", "float16"):
-        raise ValueError(f"dtype = {dtype!r}: must be 'float32' or 'float16'")
+    `dtype` other than float32, float16 and q8_0."""
+    if dtype not in TENSOR_TYPES:
+        raise ValueError(f"dtype = {dtype!r}: must be 'float32', 'float16' or 'q8_0'")
     tensors = load_checkpoint(weights)
     dims = dims_of(tensors, weights)
     values = [*_model_values(dims), *_tokenizer_values(Tokenizer.load(vocabulary), dims.vocab_size)]
-    entries = list(_tensors(tensors, dims, np.dtype(dtype)))
+    entries = list(_tensors(tensors, dims, dtype))
     with out.open("wb") as file:
         file.write(struct.pack("<4sIQQ", b"GGUF", VERSION, len(entries), len(values)))
         for value in values:
             file.write(value)
         offset = 0
         for entry in entries:
-            shape = entry.data.shape[::-1]
+            shape = entry.shape[::-1]
             file.write(_string(entry.name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape))
-            file.write(struct.pack("<IQ", TENSOR_TYPES[entry.data.dtype], offset))
+            file.write(struct.pack("<IQ", TENSOR_TYPES[entry.dtype], offset))
             offset += entry.data.nbytes + _padding(entry.data.nbytes)
         file.write(bytes(_padding(file.tell())))
         for entry in entries:
@@ -113,15 +118,18 @@ def _tokenizer_values(tokenizer: Tokenizer, vocab_size: int) -> Iterator[bytes]:
 
 
 def _tensors(
-    tensors: Mapping[str, Tensor], dims: ModelDims, dtype: np.dtype[np.floating]
+    tensors: Mapping[str, Tensor], dims: ModelDims, dtype: str
 ) -> Iterator[TypedTensor]:
     """All tensors of the file, one at a time. Matrices in `dtype`, the rest in float32."""
 
     def small(name: str, tensor: Tensor) -> TypedTensor:
-        return TypedTensor(name, tensor.to(torch.float32).contiguous().numpy())
+        data = tensor.to(torch.float32).contiguous().numpy()
+        return TypedTensor(name, data.shape, "float32", data)
 
     def large(name: str, tensor: Tensor) -> TypedTensor:
-        return TypedTensor(name, small(name, tensor).data.astype(dtype))
+        data = small(name, tensor).data
+        packed = _q8_0(data) if dtype == "q8_0" else data.astype(dtype)
+        return TypedTensor(name, data.shape, dtype, packed)
 
     yield large("token_embd.weight", tensors["emb.weight"])
     yield large("output.weight", tensors["head.weight"])
@@ -145,6 +153,17 @@ def _tensors(
             yield small(f"{out}time_mix_{name}.weight", tensors[f"{block}att.{name}"].reshape(-1))
         for name, tensor in _low_rank(tensors, f"{block}att.", layer):
             yield small(f"{out}time_mix_{name}.weight", tensor)
+
+
+def _q8_0(data: np.ndarray[tuple[int, ...], Any]) -> np.ndarray[tuple[int, ...], Any]:
+    """Blocks of 32 in a row: the largest magnitude becomes 127."""
+    groups = data.reshape(-1, 32)
+    scales = np.abs(groups).max(axis=1, keepdims=True) / np.float32(127)
+    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales > 0)
+    blocks = np.empty(len(groups), Q8_0_BLOCK)
+    blocks["scale"] = scales[:, 0]
+    blocks["values"] = np.rint(groups * inverse)
+    return blocks
 
 
 def _low_rank(tensors: Mapping[str, Tensor], att: str, layer: int) -> Iterator[tuple[str, Tensor]]:
@@ -182,7 +201,7 @@ def main() -> None:
     parser.add_argument("weights", type=Path)
     parser.add_argument("vocabulary", help="path, or rwkv_vocab_v20230424")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--dtype", choices=["float32", "float16"], default="float32")
+    parser.add_argument("--dtype", choices=sorted(TENSOR_TYPES), default="float32")
     args = parser.parse_args()
     write_gguf(args.weights, args.vocabulary, args.out, args.dtype)
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
