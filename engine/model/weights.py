@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from config.schema import ModelConfig
 from engine.errors import WeightsError
+from engine.model.mapped import FilePages
 from engine.model.quantize import quantize, replace_linears
 from engine.model.rwkv7 import RWKV7, ModelDims
 
@@ -250,11 +251,13 @@ def fingerprint(tensors: Mapping[str, Tensor], kind: str = "") -> str:
     `kind` is whatever else tells its results from those of another with the same weights.
     """
     digest = hashlib.blake2b(kind.encode(), digest_size=8)
+    pages = FilePages()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         flat = tensor.reshape(-1)
         step = max(1, flat.numel() // FINGERPRINT_SAMPLES)
         digest.update(flat[::step].double().cpu().numpy().tobytes())
+        pages.release(tensor)
     return digest.hexdigest()
 
 
