@@ -24,6 +24,7 @@ from engine.model.mapped import FilePages
 from engine.model.quantize import quantize, replace_linears
 from engine.model.rwkv7 import RWKV7, ModelDims
 
+SAMPLES_AT_ONCE = 1 << 12  # so that not all of a mapped tensor is in memory
 FINGERPRINT_SAMPLES = 1 << 16  # elements hashed per tensor; a tuned weight cannot hide from it
 
 # Names that tell other architectures of the family apart from x070.
@@ -256,8 +257,9 @@ def fingerprint(tensors: Mapping[str, Tensor], kind: str = "") -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         flat = tensor.reshape(-1)
         step = max(1, flat.numel() // FINGERPRINT_SAMPLES)
-        digest.update(flat[::step].double().cpu().numpy().tobytes())
-        pages.release(tensor)
+        for part in flat.split(step * SAMPLES_AT_ONCE):
+            digest.update(part[::step].double().cpu().numpy().tobytes())
+            pages.release(part)
     return digest.hexdigest()
 
 
