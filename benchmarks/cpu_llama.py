@@ -20,11 +20,11 @@ MAX_TOKENS = 512
 
 
 class _Parameters(ctypes.Structure):
-    _fields_ = [("words", ctypes.c_uint32 * NUM_WORDS)]  # noqa: RUF012
+    _fields_ = [("words", ctypes.c_uint32 * NUM_WORDS)]
 
 
 class _Batch(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("n_tokens", ctypes.c_int32),
         ("token", ctypes.POINTER(ctypes.c_int32)),
         ("embd", ctypes.c_void_p),
@@ -81,7 +81,9 @@ class LlamaModel:
         code = self._lib.llama_decode(self._context, batch)
         assert code == 0, f"llama_decode returned {code}"
         return [
-            np.ctypeslib.as_array(self._lib.llama_get_logits_ith(self._context, i), (self._vocab_size,))
+            np.ctypeslib.as_array(
+                self._lib.llama_get_logits_ith(self._context, i), (self._vocab_size,)
+            )
             for i in lasts
         ]
 

@@ -117,9 +117,7 @@ def _tokenizer_values(tokenizer: Tokenizer, vocab_size: int) -> Iterator[bytes]:
     yield _value("tokenizer.chat_template", STRING, _string(CHAT_TEMPLATE))
 
 
-def _tensors(
-    tensors: Mapping[str, Tensor], dims: ModelDims, dtype: str
-) -> Iterator[TypedTensor]:
+def _tensors(tensors: Mapping[str, Tensor], dims: ModelDims, dtype: str) -> Iterator[TypedTensor]:
     """All tensors of the file, one at a time. Matrices in `dtype`, the rest in float32."""
 
     def small(name: str, tensor: Tensor) -> TypedTensor:
