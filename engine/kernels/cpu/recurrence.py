@@ -23,6 +23,7 @@ from __future__ import annotations
 import numpy as np
 from numba import float32, njit
 
+from engine.kernels.cpu.atomic import atomic_add
 from engine.kernels.cpu.tokens import (
     D_A,
     D_B,
@@ -64,6 +65,7 @@ RUN = np.dtype(
         (name, np.int64)
         for name in (
             *("num_tokens", "num_sequences", "num_heads", "size", "head_size", "width"),
+            "taken",  # int32: units that somebody has begun
             *("starts", "segments"),  # int64 [S + 1]: first token and first segment of each
             *("src", "dst"),  # int64 [S]
             *("source", "source_slot", "target", "target_slot"),  # target 0: nothing is written
@@ -88,10 +90,13 @@ def scratch_floats(size: int) -> int:
 
 
 @njit(cache=True, nogil=True)
-def forward(runs, first, step, scratch):
-    """Units first, first + step, ...: y, out, and states to where they belong."""
+def forward(runs, scratch):
+    """y, out, and states to where they belong, of all units that nobody else takes."""
     run = runs[0]
-    for unit in range(first, run.num_sequences * run.num_heads, step):
+    while True:
+        unit = atomic_add(run.taken, 0, 1)
+        if unit >= run.num_sequences * run.num_heads:
+            return
         seq, head = unit // run.num_heads, unit % run.num_heads
         if run.target == 0 or load_int64(run.dst, seq) >= 0:
             _forward(run, seq, head, scratch)
@@ -165,10 +170,13 @@ def _advance(run, head, row, column, token, state):
 
 
 @njit(cache=True, nogil=True)
-def backward(runs, first, step, scratch):
-    """Units first, first + step, ...: gradients of all that came in."""
+def backward(runs, scratch):
+    """Gradients of all that came in, of all units that nobody else takes."""
     run = runs[0]
-    for unit in range(first, run.num_sequences * run.num_heads, step):
+    while True:
+        unit = atomic_add(run.taken, 0, 1)
+        if unit >= run.num_sequences * run.num_heads:
+            return
         _backward(run, unit // run.num_heads, unit % run.num_heads, scratch)
 
 

@@ -125,20 +125,21 @@ def _run(
 
 
 def _in_threads(kernel: Callable[..., None], run: NDArray[np.void]) -> None:
-    """Units dealt out among as many threads as torch may use, this one among them."""
+    """As many threads as torch may use, this one among them, each taking the next unit."""
     num_tokens, num_sequences, num_heads, size, head_size, width, *_ = run[0].tolist()
     mask = (np.arange(size) < head_size).astype(np.float32)
-    run["mask"] = mask.ctypes.data
+    taken = np.zeros(1, np.int32)
+    run["mask"], run["taken"] = mask.ctypes.data, taken.ctypes.data
     worthwhile = num_tokens * width * size // ELEMENTS_PER_THREAD
     count = max(1, min(torch.get_num_threads(), num_sequences * num_heads, worthwhile))
     scratch = np.empty((count, scratch_floats(size)), np.float32)
     if count == 1:
-        kernel(run, 0, 1, scratch.ctypes.data)
+        kernel(run, scratch.ctypes.data)
         return
-    places = [row.ctypes.data for row in scratch]
+    own, *places = (row.ctypes.data for row in scratch)
     with ThreadPoolExecutor(count - 1, "time-mix") as pool:
-        others = [pool.submit(kernel, run, i, count, places[i]) for i in range(1, count)]
-        kernel(run, 0, count, places[0])
+        others = [pool.submit(kernel, run, place) for place in places]
+        kernel(run, own)
         for other in others:
             other.result()
 
