@@ -32,7 +32,9 @@ def parser() -> argparse.ArgumentParser:
     rate.add_argument("--url", help="a running server; without it one is started")
     rate.add_argument("--seed", type=int, default=0, help="of the arrival clock")
     peer = made.add_argument_group("beside a peer")
-    peer.add_argument("--peer", choices=["llama.cpp"])
+    peer.add_argument(
+        "--peer", choices=["llama.cpp", "none"], help="none: only the engine without HTTP"
+    )
     peer.add_argument("--dtype", choices=list(serve_peer.PEER_DTYPES), default="int8")
     peer.add_argument("--peer-dtype", help="of its GGUF; else the nearest one to --dtype")
     peer.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])

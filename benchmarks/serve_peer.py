@@ -11,7 +11,8 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
@@ -44,6 +45,7 @@ class Found:
     inter_token_s: list[float] = field(default_factory=list)
     loop_us: list[float] = field(default_factory=list)  # CPU of the main thread, per token
     client_us: list[float] = field(default_factory=list)
+    lags: Counter[float] = field(default_factory=Counter)  # of the event loop, by upper bound
 
     @property
     def rate(self) -> float:
@@ -65,8 +67,14 @@ class Found:
             "inter_token_ms": milliseconds(self.inter_token_s),
             "loop_us_per_token": round(statistics.median(self.loop_us or [0]), 1),
             "client_us_per_token": round(statistics.median(self.client_us or [0]), 1),
+            "loop_lag_p99_below_ms": self.loop_lag_ms(),
         }
         return {name: value for name, value in named.items() if value}
+
+    def loop_lag_ms(self) -> float:
+        """It was late by less in 99 of 100 cases; 0 if unknown."""
+        num_all = max(self.lags.values(), default=0)
+        return min((1e3 * s for s, num in self.lags.items() if num >= 0.99 * num_all), default=0)
 
 
 def milliseconds(values_s: Sequence[float]) -> dict[str, float]:
@@ -91,23 +99,22 @@ class Subjects:
         sets = [*args.sets, f"weights_path={weights}", "load_format=auto", f"dtype={args.dtype}"]
         sets += [f"max_batch_size={num_slots}", f"num_threads={args.num_threads}"]
         sets += ["max_context_len=0"]
-        gguf = folder / "model.gguf"
-        peer_dtype = args.peer_dtype or PEER_DTYPES[args.dtype]
-        write_gguf(weights, table.tokenizer_vocab_path, gguf, peer_dtype)
         self.client = stack.enter_context(Client())
         self.loop = stack.enter_context(EngineLoop(args.model, args.config_dir, sets))
         log = folder / "ours.log"
         ours = our_server(OURS, table.model_name, args.model, args.config_dir, sets, log)
-        peer = llama_server(
-            gguf,
-            folder / "llama.log",
-            num_slots=num_slots,
-            num_threads=args.num_threads,
-            context_len=args.prompt_len + args.num_tokens + 16,
-        )
-        self.servers: dict[str, Server] = {
-            name: stack.enter_context(server) for name, server in ((OURS, ours), (PEER, peer))
-        }
+        self.servers: dict[str, Server] = {OURS: stack.enter_context(ours)}
+        if args.peer == PEER:
+            gguf = folder / "model.gguf"
+            write_gguf(weights, table.tokenizer_vocab_path, gguf, peer_dtype(args) or args.dtype)
+            peer = llama_server(
+                gguf,
+                folder / "llama.log",
+                num_slots=num_slots,
+                num_threads=args.num_threads,
+                context_len=args.prompt_len + args.num_tokens + 16,
+            )
+            self.servers[PEER] = stack.enter_context(peer)
 
     def prompts(self, name: str, num_streams: int, num_tokens: int) -> list[list[int]]:
         return [self.words.document(f"{name} {i}", num_tokens) for i in range(num_streams)]
@@ -118,6 +125,7 @@ class Subjects:
             found.rates.append(len(prompts) * self._num_tokens / total_s)
             return
         server = self.servers[name]
+        lags = self._lags() if name == OURS else Counter()
         before_s = main_thread_s(server.pid)
         load = self.client.send_all(server.address, "/v1/completions", self._bodies(prompts))
         for timing in load.timings:
@@ -127,6 +135,7 @@ class Subjects:
         if name == OURS:  # llama.cpp answers on many threads
             num_tokens = len(prompts) * self._num_tokens
             found.loop_us.append(1e6 * (main_thread_s(server.pid) - before_s) / num_tokens)
+            found.lags += self._lags() - lags
 
     def _bodies(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         options = {"max_tokens": self._num_tokens, "temperature": 0, "ignore_eos": True}
@@ -134,19 +143,14 @@ class Subjects:
         fields = {"model": self.model_name, **options}
         return [json.dumps({**fields, "prompt": prompt}) for prompt in prompts]
 
-    def loop_lag_s(self) -> float:
-        """Below which the event loop of our server was late 99 times of 100 since it started."""
+    def _lags(self) -> Counter[float]:
+        """How often the event loop of our server was late by at most so many seconds."""
         connection = HTTPConnection(self.servers[OURS].address)
         connection.request("GET", "/metrics")
         lines = connection.getresponse().read().decode().splitlines()
         connection.close()
-        counts = {
-            float(line.split('le="')[1].split('"')[0]): float(line.rsplit(" ", 1)[1])
-            for line in lines
-            if line.startswith(LAG)
-        }
-        total = max(counts.values())
-        return min(bound for bound, count in counts.items() if count >= 0.99 * total)
+        found = [line.split('"') for line in lines if line.startswith(LAG)]
+        return Counter({float(bound): int(float(count[2:])) for _, bound, count in found})
 
 
 def checkpoint(args: argparse.Namespace, folder: Path) -> tuple[ModelTable, Path]:
@@ -167,6 +171,11 @@ def checkpoint(args: argparse.Namespace, folder: Path) -> tuple[ModelTable, Path
     return table, weights
 
 
+def peer_dtype(args: argparse.Namespace) -> str | None:
+    """Of the GGUF; None where there is no peer."""
+    return None if args.peer != PEER else args.peer_dtype or PEER_DTYPES[args.dtype]
+
+
 def main_thread_s(pid: int) -> float:
     """CPU seconds of a process's first thread, which runs our event loop; 0 if unknown."""
     path = Path(f"/proc/{pid}/task/{pid}/schedstat")
@@ -175,10 +184,10 @@ def main_thread_s(pid: int) -> float:
 
 def measure(args: argparse.Namespace) -> dict[str, object]:
     """One table, and its figures."""
-    names = [OURS, LOOP, PEER]
+    names = [OURS, LOOP, *([PEER] if args.peer == PEER else [])]
     found = {(name, n): Found() for name in names for n in args.streams}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        peer_version = version()
+        peer_version = version() if args.peer == PEER else None
         subjects = Subjects(args, Path(folder), stack)
         for n in args.streams:  # whatever is made at the first request
             for name in names:
@@ -189,48 +198,45 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
                 prompts = subjects.prompts(f"round {number} of {n}", n, args.prompt_len)
                 for name in names if number % 2 == 0 else names[::-1]:
                     subjects.ask(name, prompts, found[name, n])
-        lag_s = subjects.loop_lag_s()
+                rates = ", ".join(f"{name} {found[name, n].rates[-1]:.0f}" for name in names)
+                print(f"round {number + 1}, {n} streams, tokens/s: {rates}", flush=True)
         model_name = subjects.model_name
     rows = [{"streams": n, "server": name, **one.figures()} for (name, n), one in found.items()]
-    ratios = [
-        {
-            "streams": n,
-            "to_loop": round(found[OURS, n].rate / found[LOOP, n].rate, 3),
-            "to_peer": round(found[OURS, n].rate / found[PEER, n].rate, 2),
-        }
-        for n in args.streams
-    ]
-    show(rows, ratios, lag_s)
+    ratios = {
+        name: {n: round(found[OURS, n].rate / found[name, n].rate, 3) for n in args.streams}
+        for name in names[1:]
+    }
+    show(rows, ratios)
     figures: dict[str, object] = {
         "model": model_name,
         "dtype": args.dtype,
         "peer": peer_version,
-        "peer_dtype": args.peer_dtype or PEER_DTYPES[args.dtype],
+        "peer_dtype": peer_dtype(args),
         "num_threads": args.num_threads,
         "num_tokens": args.num_tokens,
         "prompt_len": args.prompt_len,
         "rows": rows,
-        "ratios": ratios,
-        "loop_lag_p99_below_ms": 1e3 * lag_s,
+        "ratios_to": ratios,
     }
     if args.save:
-        title = (
-            f"{model_name}, {args.dtype} and {figures['peer_dtype']}, {args.num_threads} threads"
-        )
+        dtypes = " and ".join(filter(None, (args.dtype, peer_dtype(args))))
+        title = f"{model_name}, {dtypes}, {args.num_threads} threads"
         plot(rows, title, RESULTS / f"serve-{args.model}-{args.dtype}.png")
     return figures
 
 
-def show(
-    rows: Sequence[dict[str, object]], ratios: Sequence[dict[str, float]], lag_s: float
-) -> None:
+def show(rows: Sequence[dict[str, object]], ratios: Mapping[str, Mapping[int, float]]) -> None:
     columns = [f"{what} p{p}" for what in ("first", "next") for p in PERCENTILES]
     print(f"\n{'streams':8}{'':20}{'tokens/s':>10}" + "".join(f"{name:>12}" for name in columns))
     for row in sorted(rows, key=lambda row: (row["streams"], row["server"] != OURS)):
         times = [row.get(name, {}) for name in ("first_token_ms", "inter_token_ms")]
         cells = [f"{time[f'p{p}']:12.1f}" for time in times if time for p in PERCENTILES]
         print(f"{row['streams']:<8}{row['server']:20}{row['tokens_per_s']:10.1f}" + "".join(cells))
-    print(f"\n{'streams':8}{'of the loop':>14}{'of llama.cpp':>14}")
-    for ratio in ratios:
-        print(f"{ratio['streams']:<8}{ratio['to_loop']:14.1%}{ratio['to_peer']:13.2f}x")
-    print(f"event loop late by less than {1e3 * lag_s:g} ms in 99 of 100 cases\n")
+    print()
+    for name, by_streams in ratios.items():
+        shown = ", ".join(f"{ratio:.2f} at {n} streams" for n, ratio in by_streams.items())
+        print(f"{OURS} / {name}: {shown}")
+    for row in rows:
+        if lag_ms := row.get("loop_lag_p99_below_ms"):
+            print(f"event loop late at {row['streams']} streams: p99 below {lag_ms:g} ms")
+    print()
