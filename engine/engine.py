@@ -26,7 +26,7 @@ from engine.limits import limits_of
 from engine.loading import load_served, pick_device, pick_layout
 from engine.plan import SlotRef
 from engine.runner import ModelRunner
-from engine.sampler import Sampler, choose_device_sampler
+from engine.sampler import Sampler, choose_device_sampler, choose_host_sampler
 from engine.state.disk import PageDisk, folder_of
 from engine.state.frames import HostFrames
 from engine.state.layout import PageLayout
@@ -80,6 +80,7 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
         tokenizer=tokenizer,
         grammars=grammars,
         on_device=choose_device_sampler(num_seats, model.dims.vocab_size, device, banned_ids),
+        on_host=choose_host_sampler(num_seats, device, banned_ids),
     )
     runner = ModelRunner(
         model,

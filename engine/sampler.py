@@ -6,7 +6,8 @@ tokens at the threshold scaled so that the kept mass is exactly what was asked f
 not: biases and forbidden tokens (engine/constraints.py) come with the penalties, `min_p` before
 the threshold. It knows seats and logits, not sequences or slots.
 
-Where there is a `DeviceSampler`, it draws for the seats it can; the code here is the specification.
+Where there is a `DeviceSampler`, it draws for the seats it can, and where there is a `HostSampler`,
+it draws from float32 on the CPU; the code here is the specification.
 
 Legend: R rows, A those of them that ask for log probabilities, V vocabulary.
 """
@@ -17,9 +18,9 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,12 +30,17 @@ from engine.kernels.choice import reason_against_triton
 from engine.kernels.philox import uniform
 from engine.logprobs import score
 from engine.masks import Masks
+from engine.penalties import Penalties
 from engine.plan import BAD_TOKEN, NO_TOKEN, Scores
 from engine.tokenizer import Tokenizer
 from engine.types import SamplingParams, TopLogprobs
 
+if TYPE_CHECKING:  # needs numba
+    from engine.host_sampler import HostSampler
+
 logger = logging.getLogger(__name__)
 
+Allowed = Sequence[bytes | None]  # a mask of each row, None where all tokens are allowed
 CANDIDATES = 512  # as many as nearly every nucleus needs; sorting the rest is rarely worth it
 
 
@@ -55,52 +61,9 @@ class Draws(NamedTuple):
         return Draws(tuple(self.tokens[i] for i in rows), logprobs, tops)
 
 
-class Penalties:
-    """What each generated token costs next time: value per token, decaying with every draw.
-
-    Kept sparse, in order of first generation: ids grow with the distinct tokens of an answer,
-    not with the vocabulary. Kept on the host in float32, where the drawn tokens are known anyway:
-    so an answer that comes back after 10,000 tokens gets its penalties, to the last bit, by
-    drawing them again, in some 20 ms.
-    """
-
-    def __init__(self, params: SamplingParams) -> None:
-        self._decay = np.float32(params.penalty_decay)
-        self._presence = np.float32(params.presence_penalty)
-        self._repetition = np.float32(params.repetition_penalty)
-        self._index: dict[int, int] = {}
-        self._ids = np.zeros(16, dtype=np.int64)
-        self._values = np.zeros(16, dtype=np.float32)
-
-    def apply(self, logits_V: Tensor) -> None:
-        """Subtract the penalties, in place."""
-        n = len(self._index)
-        ids = torch.from_numpy(self._ids[:n]).to(logits_V.device)
-        values = torch.from_numpy(self._values[:n]).to(logits_V.device, logits_V.dtype)
-        logits_V.index_add_(0, ids, values, alpha=-1)
-
-    def update(self, tokens: Sequence[int]) -> None:
-        """For each drawn token in turn: decay all; then it gets presence if its entry is zero,
-        else repetition."""
-        for token in tokens:
-            np.multiply(self._values, self._decay, out=self._values)
-            index = self._index.get(token)
-            if index is None:
-                index = self._add(token)
-            is_first = self._values[index] == 0
-            self._values[index] += self._presence if is_first else self._repetition
-
-    def _add(self, token: int) -> int:
-        index = self._index[token] = len(self._index)
-        if index == len(self._ids):
-            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
-            self._values = np.concatenate([self._values, np.zeros_like(self._values)])
-        self._ids[index] = token
-        return index
-
-
 @dataclass(slots=True)
 class _Seat:
+    index: int
     params: SamplingParams
     penalties: Penalties | None
     constraints: Constraints | None
@@ -153,11 +116,13 @@ class Sampler:
         tokenizer: Tokenizer | None = None,
         grammars: GrammarCompiler | None = None,
         on_device: SeatsOnDevice | None = None,
+        on_host: HostSampler | None = None,
     ) -> None:
         """`banned_ids` have no text and are never drawn, whatever a request says; `tokenizer` is
         needed for `bad_words`, `grammars` for requests that name one. `on_device` draws for the
-        seats that it can; it has the same seats and banned ids."""
+        seats that it can, `on_host` for the others; they have the same seats and banned ids."""
         self.on_device = on_device
+        self._on_host = on_host
         self._grammars = grammars
         self._masks = Masks(device)
         self._device = device
@@ -173,6 +138,7 @@ class Sampler:
         is_on_device = self.on_device is not None and self.on_device.can_draw(params)
         is_here = not is_on_device
         taken = self._seats[seat] = _Seat(
+            index=seat,
             params=params,
             penalties=Penalties(params) if params.has_penalties and is_here else None,
             constraints=Constraints.of(params, self._tokenizer, self._device) if is_here else None,
@@ -182,6 +148,8 @@ class Sampler:
         taken.update(output_ids)
         if self.on_device is not None and is_on_device:
             self.on_device.start(seat, params, output_ids)
+        if self._on_host is not None:
+            self._on_host.start(seat, params)
 
     def is_on_device(self, seats: Sequence[int]) -> bool:
         """The device can draw for all of them, and nobody here need know what."""
@@ -250,6 +218,18 @@ class Sampler:
     ) -> list[int]:
         # First of all, so that it is done while the device still computes the logits.
         allowed = [None if row.matcher is None else row.matcher.allowed() for row in rows]
+        if self._on_host is not None and self._on_host.can_draw(logits_RV):
+            tokens = _draw_on_host(self._on_host, logits_RV, rows, positions, allowed)
+        else:
+            tokens = self._draw(logits_RV, rows, positions, allowed)
+        for token, row in zip(tokens, rows, strict=True):
+            if token >= 0:
+                row.update((token,))
+        return tokens
+
+    def _draw(
+        self, logits_RV: Tensor, rows: Sequence[_Seat], positions: Sequence[int], allowed: Allowed
+    ) -> list[int]:
         is_bad = (~torch.isfinite(logits_RV).all(dim=-1)).tolist()
         self._masks.apply(logits_RV, allowed)
         logits_RV.index_fill_(-1, self._banned, -torch.inf)
@@ -270,9 +250,6 @@ class Sampler:
             picks = draw(logits_RV[drawn], [rows[i].params for i in drawn], uniforms)
             for i, token in zip(drawn, picks, strict=True):
                 tokens[i] = token
-        for token, row in zip(tokens, rows, strict=True):
-            if token >= 0:
-                row.update((token,))
         return tokens
 
     def _matcher(self, grammar: str | None) -> Matcher | None:
@@ -302,6 +279,43 @@ def choose_device_sampler(
 
     logger.info("sampler: triton (host for bad_words and top_logprobs)")
     return DeviceSampler(num_seats, vocab_size, device, banned_ids)
+
+
+def choose_host_sampler(
+    num_seats: int, device: torch.device, banned_ids: Sequence[int]
+) -> HostSampler | None:
+    """One on a CPU with numba; without, one line of the log says so."""
+    if device.type != "cpu":
+        return None
+    if find_spec("numba") is None:
+        logger.info("sampler: torch (numba is not installed)")
+        return None
+    from engine.host_sampler import HostSampler
+
+    return HostSampler(num_seats, banned_ids)
+
+
+def _draw_on_host(
+    sampler: HostSampler,
+    logits_RV: Tensor,
+    rows: Sequence[_Seat],
+    positions: Sequence[int],
+    allowed: Allowed,
+) -> list[int]:
+    """As `Sampler._draw`."""
+    is_sound: list[bool | None] = [None] * len(rows)
+    for i, row in enumerate(rows):
+        if row.constraints is not None:
+            is_sound[i] = bool(torch.isfinite(logits_RV[i]).all())
+            row.constraints.apply(logits_RV[i])
+    return sampler.draw(
+        logits_RV,
+        [row.index for row in rows],
+        positions,
+        masks=allowed,
+        penalties=[None if row.penalties is None else row.penalties.entries for row in rows],
+        is_sound=is_sound,
+    )
 
 
 def _merged(

@@ -28,7 +28,8 @@ from engine.engine import build
 from engine.kernels.philox import uniform
 from engine.model.rwkv7 import RWKV7, Batch
 from engine.model.weights import load_model
-from engine.sampler import Penalties, draw
+from engine.penalties import Penalties
+from engine.sampler import draw
 from engine.tokenizer import Tokenizer
 from engine.types import EngineRequest, FinishReason, OutputDelta, SamplingParams
 from tests.conftest import SHARED_DIR

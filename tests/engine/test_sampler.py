@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.kernels.philox import philox4x32, uniform
+from engine.penalties import Penalties
 from engine.plan import BAD_TOKEN
-from engine.sampler import CANDIDATES, Draws, Penalties, Sampler, draw, limit
+from engine.sampler import CANDIDATES, Draws, Sampler, draw, limit
 from engine.types import SamplingParams
 
 CPU = torch.device("cpu")

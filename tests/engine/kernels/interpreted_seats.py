@@ -19,7 +19,8 @@ import engine.device_sampler
 from engine import sampler as host
 from engine.device_sampler import DeviceSampler, replayed
 from engine.grammar import GrammarCompiler
-from engine.sampler import Draws, Penalties, Sampler, choose_device_sampler
+from engine.penalties import Penalties
+from engine.sampler import Draws, Sampler, choose_device_sampler
 from engine.tokenizer import Tokenizer
 from engine.types import SamplingParams
 from tests.engine import test_constraints, test_grammar, test_sampler
