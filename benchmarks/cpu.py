@@ -84,8 +84,10 @@ class Worker:
         traceback: TracebackType | None,
     ) -> None:
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
 
 def contenders(folder: Path, model: str, *, has_peers: bool) -> list[Contender]:
