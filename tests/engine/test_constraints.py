@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,8 +17,16 @@ from engine.plan import NO_TOKEN
 from engine.sampler import Sampler
 from engine.tokenizer import Tokenizer
 from engine.types import SamplingParams
+from tests.engine.drawing import PATHS, draws_by
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=PATHS, autouse=True)
+def path(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield from draws_by(request.param, request.module)
+
+
 PIECES = [b"a", b"b", b" ", b"ab", b"ba", b" a", b"aa", b" ab", b"abb", b"a b", b"b b", b"bab"]
 SINGLE = [bytes([byte]) for byte in range(256) if bytes([byte]) not in PIECES]
 # The pieces first, so that a model of few tokens is one that only knows them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -16,8 +17,14 @@ from engine.penalties import Penalties
 from engine.plan import BAD_TOKEN
 from engine.sampler import CANDIDATES, Draws, Sampler, draw, limit
 from engine.types import SamplingParams
+from tests.engine.drawing import PATHS, draws_by
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=PATHS, autouse=True)
+def path(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield from draws_by(request.param, request.module)
 
 
 def test_philox_gives_the_published_known_answers() -> None:

@@ -294,7 +294,7 @@ def _among_candidates(row, maxima, best, seat, whole, u, scratch):
         num, mass = _collect(row, maxima, lowest, weights, found, found_keys)
         if num >= top_k or mass >= top_p or depth >= -LEAST:
             break
-        depth *= 3.0
+        depth *= 1.5
     for i in range(num):
         work_keys[i], work_weights[i] = found_keys[i], weights[found[i]]
     key, above, mass_above, equal = _threshold(work_keys, work_weights, num, top_k, top_p)
