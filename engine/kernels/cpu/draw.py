@@ -21,13 +21,13 @@ from engine.kernels.cpu.vector import (
     F32_VECTOR,
     I32_VECTOR,
     LANES,
-    _across,
-    _larger,
+    across,
     constant,
     exp,
     f32x16,
     i32x16,
     larger,
+    larger_of,
     largest,
     load,
     magnitude_bits,
@@ -69,7 +69,7 @@ def keys(typing: Any, x: Any) -> Any:
 @intrinsic
 def largest_key(typing: Any, x: Any) -> Any:
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _across(builder, args[0], lambda a, b: _larger(builder, a, b))
+        return across(builder, args[0], lambda a, b: larger_of(builder, a, b))
 
     return types.int32(i32x16), emit
 

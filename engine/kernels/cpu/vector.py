@@ -200,7 +200,7 @@ def at_most(typing: Any, x: Any, high: Any) -> Any:
     return f32x16(f32x16, f32x16), emit
 
 
-def _across(builder: Any, value: Any, join: Any) -> Any:
+def across(builder: Any, value: Any, join: Any) -> Any:
     """All lanes joined two by two: 16 to 8 to 4 to 2 to 1, the same on every machine."""
     count = LANES
     while count > 1:
@@ -219,7 +219,7 @@ def total(typing: Any, x: Any) -> Any:
     """The sum of all lanes."""
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _across(builder, args[0], builder.fadd)
+        return across(builder, args[0], builder.fadd)
 
     return types.float32(f32x16), emit
 
@@ -227,7 +227,7 @@ def total(typing: Any, x: Any) -> Any:
 @intrinsic
 def total_int(typing: Any, x: Any) -> Any:
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _across(builder, args[0], builder.add)
+        return across(builder, args[0], builder.add)
 
     return types.int32(i32x16), emit
 
@@ -242,14 +242,14 @@ def magnitude_bits(typing: Any, x: Any) -> Any:
     return i32x16(f32x16), emit
 
 
-def _larger(builder: Any, a: Any, b: Any) -> Any:
+def larger_of(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.icmp_signed(">", a, b), a, b)
 
 
 @intrinsic
 def larger(typing: Any, a: Any, b: Any) -> Any:
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _larger(builder, *args)
+        return larger_of(builder, *args)
 
     return i32x16(i32x16, i32x16), emit
 
@@ -259,7 +259,7 @@ def largest(typing: Any, x: Any) -> Any:
     """The largest lane of bits of magnitudes, as the float32 that it is."""
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        bits = _across(builder, args[0], lambda a, b: _larger(builder, a, b))
+        bits = across(builder, args[0], lambda a, b: larger_of(builder, a, b))
         return builder.bitcast(bits, F32)
 
     return types.float32(i32x16), emit
