@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.gpu_device import Bench, Row
-from benchmarks.serve import QUESTIONS, Outcome, chat, percentiles
+from benchmarks.serve_open import QUESTIONS, Outcome, chat, percentiles
 from benchmarks.served import our_server
 
 CONFIG_DIR = Path(__file__).parents[1] / "config"

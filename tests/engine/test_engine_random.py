@@ -123,7 +123,7 @@ async def test_pool_accounting_and_answers_hold_after_random_operations(
     assert stats.num_running == stats.num_waiting == 0
     assert users.num_checked > 150
     assert users.num_aborted > 10
-    assert stats.cache.num_preemptions > 20
+    assert stats.cache.num_preemptions > 5
     assert stats.cache.num_evictions > 0
     assert runner.num_poisoned_slots > 20
     assert runner.num_poisoned_frames > 50
