@@ -124,7 +124,8 @@ class StepExecutor:
             parts.append(self._kept_logits(again))
         rows = [row for row in decode + prefill + again if row.sample]
         if rows:
-            drawn.append((rows, self._draw(rows, torch.cat(parts))))
+            logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+            drawn.append((rows, self._draw(rows, logits)))
         returned = [found.hidden[row.seq_id] for row in plan.rows if row.returns_hidden]
         hidden = [to_host(row_C.float()) for row_C in returned]
         return partial(_read, plan, drawn, found, hidden, mark(self._storage.device))
@@ -166,19 +167,24 @@ class StepExecutor:
                 found.scores[row.seq_id] = self._score(row, part_TC)
         self._look_at_states(rows, ends, hidden_TC, found)
         wanted = [(end - 1, row) for end, row in zip(ends, rows, strict=True) if _has_logits(row)]
-        picked = self._storage.indices([last for last, _ in wanted])
+        picked = [last for last, _ in wanted]
         if logits_TV is not None:
-            logits = logits_TV[picked]
+            logits = self._at(picked, logits_TV)
         else:
             # In the type they are kept in, so that a draw from kept logits is the same draw.
-            logits = self._model.head(hidden_TC[picked]).to(self._storage.logits.dtype)
+            logits = self._model.head(self._at(picked, hidden_TC)).to(self._storage.logits.dtype)
         found.hidden |= {row.seq_id: hidden_TC[last] for last, row in wanted if row.returns_hidden}
         kept = [i for i, (_, row) in enumerate(wanted) if row.keep_logits]
         if kept:
             slots = self._storage.indices([wanted[i][1].dst.slot for i in kept])
-            self._storage.logits[slots] = logits[self._storage.indices(kept)]
-        drawn = [i for i, (_, row) in enumerate(wanted) if row.sample]
-        return logits if len(drawn) == len(wanted) else logits[self._storage.indices(drawn)]
+            self._storage.logits[slots] = self._at(kept, logits)
+        return self._at([i for i, (_, row) in enumerate(wanted) if row.sample], logits)
+
+    def _at(self, places: list[int], rows: Tensor) -> Tensor:
+        """Some of the rows; if all of them, in order, then themselves and no copy."""
+        if len(places) == len(rows) and all(i == place for i, place in enumerate(places)):
+            return rows
+        return rows.index_select(0, self._storage.indices(places))
 
     def _run_model(self, rows: list[Row]) -> Tensor:
         """Hidden rows [T, C] of all tokens."""
@@ -200,7 +206,7 @@ class StepExecutor:
         pairs = zip(ends, rows, strict=True)
         silent = {end - 1: row.seq_id for end, row in pairs if not row.sample}
         if silent:
-            last_RC = hidden_TC[self._storage.indices([*silent])]
+            last_RC = self._at([*silent], hidden_TC)
             are_sound = to_host(torch.isfinite(last_RC).all(dim=-1))
             found.are_sound.append((tuple(silent.values()), are_sound))
 
@@ -225,7 +231,8 @@ class StepExecutor:
         for row in rows:
             assert row.sample, f"row of sequence {row.seq_id} feeds nothing and draws nothing"
             assert not row.keep_logits, f"row of sequence {row.seq_id} has no page to write"
-        return self._storage.logits[self._storage.indices([row.src.slot for row in rows])]
+        slots = self._storage.indices([row.src.slot for row in rows])
+        return self._storage.logits.index_select(0, slots)
 
     def _draw(self, rows: list[Row], logits_RV: Tensor) -> Read:
         """On the device alone if that can draw for all of the rows, else waiting for them."""
@@ -235,10 +242,11 @@ class StepExecutor:
         if device is not None and self._sampler.is_on_device(seats):
             positions_R = self._storage.indices(positions)
             tokens_R, logprobs_R = device.draw(logits_RV, seats_R, positions_R)
-            self._next_token[seats_R] = tokens_R.clamp(min=0)
+            self._next_token.index_copy_(0, seats_R, tokens_R.clamp(min=0))
             return self._reading(rows, tokens_R, logprobs_R)
         draws = self._sampler.sample(logits_RV, seats, positions)
-        self._next_token[seats_R] = self._storage.indices(draws.tokens).clamp_(min=0)
+        fed = self._storage.indices([max(token, 0) for token in draws.tokens])
+        self._next_token.index_copy_(0, seats_R, fed)
         return lambda: draws
 
     def _reading(self, rows: list[Row], tokens_R: Tensor, logprobs_R: Tensor) -> Read:
@@ -248,14 +256,18 @@ class StepExecutor:
         return partial(_as_draws, tokens, to_host(logprobs_R) if any(asking) else None, asking)
 
     def _tokens(self, rows: list[Row]) -> Tensor:
+        """Ids [T]: those that the plan knows, and what the seats have drawn since."""
+        seats = [row.seat for row in rows if row.tokens is None]
+        drawn = self._next_token.index_select(0, self._storage.indices(seats)) if seats else None
+        if drawn is not None and len(seats) == len(rows):
+            return drawn
         known = [row.tokens if row.tokens is not None else (0,) for row in rows]
         tokens = self._storage.indices([token for part in known for token in part])
-        waiting = [(i, row.seat) for i, row in enumerate(rows) if row.tokens is None]
-        if waiting:
-            starts = [0, *accumulate(len(part) for part in known)]
-            places = self._storage.indices([starts[i] for i, _ in waiting])
-            seats = self._storage.indices([seat for _, seat in waiting])
-            tokens[places] = self._next_token[seats]
+        if drawn is not None:
+            ends = accumulate(len(part) for part in known)
+            pairs = zip(rows, ends, strict=True)
+            places = [end - 1 for row, end in pairs if row.tokens is None]
+            tokens.index_copy_(0, self._storage.indices(places), drawn)
         return tokens
 
 

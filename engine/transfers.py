@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,8 @@ from torch import Tensor
 def to_device(values: Sequence[int], device: torch.device) -> Tensor:
     """Integers as int64 on the device. What is asked of the device next finds them there."""
     if device.type != "cuda":
-        return torch.tensor(values, dtype=torch.int64, device=device)
+        # From a list, numpy makes it in half the time of torch.
+        return torch.from_numpy(np.array(values, np.int64)).to(device)
     # A copy from other memory than pinned one would wait until the device has nothing to do.
     pinned = torch.tensor(values, dtype=torch.int64, pin_memory=True)
     return pinned.to(device, non_blocking=True)
