@@ -30,24 +30,33 @@ Case = Callable[[], int]  # does the work of one step or prompt; how many tokens
 
 
 def ours(weights: Path, dtype: str, num_threads: int) -> Callable[[str], Case]:
-    """The model as StepExecutor calls it: hidden rows, then logits of those that draw."""
+    """The model as StepExecutor calls it: hidden rows, logits of those that draw, the draws."""
     import torch
 
+    from engine.host_sampler import HostSampler
     from engine.kernels.backend import Batch
     from engine.model.fused import FusedRWKV7
     from engine.model.pack import pack
     from engine.model.weights import dims_of, load_checkpoint
+    from engine.types import SamplingParams
 
     torch.set_num_threads(1)
     tensors = load_checkpoint(weights)
     dims = dims_of(tensors, weights)
     model = FusedRWKV7(dims, pack(tensors, dims, dtype, num_threads), num_threads)
     state = model.new_state(MAX_BATCH + 1)
+    sampler = HostSampler(MAX_BATCH, ())
+    for seat in range(MAX_BATCH):
+        sampler.start(seat, SamplingParams(temperature=0.0))
 
     def feed(ids: Any, lengths: tuple[int, ...], src: Any, dst: Any) -> Any:
-        hidden = model(ids, Batch(lengths, src, dst), state)
-        ends = torch.tensor(lengths).cumsum(0) - 1
-        return model.head(hidden[ends]).argmax(-1)
+        hidden, size = model(ids, Batch(lengths, src, dst), state), len(lengths)
+        if len(ids) > size:
+            hidden = hidden[torch.tensor(lengths).cumsum(0) - 1]
+        none = [None] * size
+        logits, seats = model.head(hidden), range(size)
+        tokens = sampler.draw(logits, seats, seats, masks=none, penalties=none, is_sound=none)
+        return torch.tensor(tokens)
 
     def case(name: str) -> Case:
         if name.startswith("prefill"):
