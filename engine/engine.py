@@ -80,7 +80,7 @@ def build(table: ModelTable, stats: StatsSink | None = None) -> EngineCore:
         tokenizer=tokenizer,
         grammars=grammars,
         on_device=choose_device_sampler(num_seats, model.dims.vocab_size, device, banned_ids),
-        on_host=choose_host_sampler(num_seats, device, banned_ids),
+        on_host=choose_host_sampler(num_seats, device, banned_ids, loaded.draw_threads),
     )
     runner = ModelRunner(
         model,

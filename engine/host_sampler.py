@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +22,7 @@ from engine.penalties import Entries, Floats, Integers
 from engine.types import SamplingParams
 
 LEAST_TEMPERATURE = 1e-30  # of those that are not 0; float32 has no lesser one to divide by
+ROWS_PER_THREAD = 4  # at least: fewer take no longer than waking somebody
 
 Masks = np.ndarray[tuple[int, int], np.dtype[np.uint8]]
 
@@ -26,8 +30,10 @@ Masks = np.ndarray[tuple[int, int], np.dtype[np.uint8]]
 class HostSampler:
     """All seats of one replica."""
 
-    def __init__(self, num_seats: int, banned_ids: Sequence[int]) -> None:
-        """Compiles, or loads what was compiled."""
+    def __init__(self, num_seats: int, banned_ids: Sequence[int], num_threads: int = 1) -> None:
+        """Compiles, or loads what was compiled. Many rows are shared out among the threads."""
+        self._num_threads = num_threads
+        self._others = ThreadPoolExecutor(max(1, num_threads - 1), "draws")
         self._seats = np.zeros(num_seats, SEATS)
         self._banned = np.array(sorted(set(banned_ids)), np.int64)
         self._no_masks = np.zeros((1, 1), np.uint8)
@@ -66,11 +72,17 @@ class HostSampler:
         starts, ids, values = _joined(penalties)
         soundness = [UNKNOWN if told is None else SOUND if told else UNSOUND for told in is_sound]
         tokens = np.empty(num_rows, np.int64)
-        draw_rows(
-            0, num_rows, logits_RV.numpy(), self._seats[np.array(seats, np.int64)],
+        rows: tuple[Any, ...] = (
+            logits_RV.numpy(), self._seats[np.array(seats, np.int64)],
             np.array(positions, np.int64), np.array(soundness, np.int64),
             mask_rows, masks_GM, self._banned, starts, ids, values, tokens,
         )  # fmt: skip
+        num_parts = max(1, min(self._num_threads, num_rows // ROWS_PER_THREAD))
+        ends = [num_rows * (part + 1) // num_parts for part in range(num_parts)]
+        others = [self._others.submit(draw_rows, *part, *rows) for part in pairwise(ends)]
+        draw_rows(0, ends[0], *rows)
+        for other in others:
+            other.result()
         return tokens.tolist()
 
     def _masks(self, masks: Sequence[bytes | None], num_bytes: int) -> tuple[Integers, Masks]:

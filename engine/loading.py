@@ -41,6 +41,7 @@ class Loaded:
     dtype: str  # of its matrices
     fingerprint: str
     torch_threads: int  # that torch may use beside it
+    draw_threads: int = 1  # that draw tokens where the host does
 
 
 def load_served(table: ModelTable, device: torch.device) -> Loaded:
@@ -90,7 +91,11 @@ def _load_fused(table: ModelTable) -> Loaded:
         raise WeightsError(f"{source}: {error}; use another dtype than int8") from error
     model = FusedRWKV7(dims, weights, num_threads)
     return Loaded(
-        model=model, dtype=dtype, fingerprint=fingerprint(tensors, dtype), torch_threads=1
+        model=model,
+        dtype=dtype,
+        fingerprint=fingerprint(tensors, dtype),
+        torch_threads=1,
+        draw_threads=num_threads,
     )
 
 

@@ -282,7 +282,7 @@ def choose_device_sampler(
 
 
 def choose_host_sampler(
-    num_seats: int, device: torch.device, banned_ids: Sequence[int]
+    num_seats: int, device: torch.device, banned_ids: Sequence[int], num_threads: int = 1
 ) -> HostSampler | None:
     """One on a CPU with numba; without, one line of the log says so."""
     if device.type != "cpu":
@@ -292,7 +292,7 @@ def choose_host_sampler(
         return None
     from engine.host_sampler import HostSampler
 
-    return HostSampler(num_seats, banned_ids)
+    return HostSampler(num_seats, banned_ids, num_threads)
 
 
 def _draw_on_host(

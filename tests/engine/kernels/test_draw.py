@@ -274,3 +274,34 @@ def test_float64_and_other_devices_are_left_to_the_specification(host: HostSampl
     assert not host.can_draw(logits.to("meta"))
     assert choose_host_sampler(1, torch.device("meta"), ()) is None
     assert choose_host_sampler(1, CPU, ()) is not None
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 8, 13])
+def test_draws_do_not_depend_on_how_many_threads_share_them(num_rows: int) -> None:
+    """Each row has logits, a mask and penalties of its own: a mix-up is another token."""
+    rng = np.random.default_rng(num_rows)
+    size, seats = 1000, list(range(num_rows))[::-1]
+    logits = rng.normal(0, 4, (num_rows, size)).astype(np.float32)
+    masks = [
+        rng.integers(0, 256, size // 8, np.uint8).tobytes() if i % 3 == 1 else None
+        for i in range(num_rows)
+    ]
+    penalties = [
+        (np.array([i, 50 + i]), np.array([3.0, -5.0], np.float32)) if i % 3 == 2 else None
+        for i in range(num_rows)
+    ]
+
+    def drawn(num_threads: int) -> tuple[list[int], np.ndarray]:
+        host = HostSampler(num_rows, (0,), num_threads)
+        for seat in seats:
+            top_p = (1.0, 0.9, 0.3)[seat % 3]
+            host.start(seat, SamplingParams(temperature=seat % 4 / 2, top_p=top_p, seed=seat))
+        rows = torch.from_numpy(logits.copy())
+        options = {"masks": masks, "penalties": penalties, "is_sound": [None] * num_rows}
+        return host.draw(rows, seats, range(num_rows), **options), rows.numpy()
+
+    tokens, rows = drawn(1)
+    for num_threads in (2, 3, 8):
+        others = drawn(num_threads)
+        assert others[0] == tokens
+        assert np.array_equal(others[1], rows)
