@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 
 from engine.kernels.cpu import tiles
-from engine.kernels.cpu.vector import fma, load, splat, store
+from engine.kernels.cpu.vector import fma, load, prefetch, splat, store
 from engine.model.rwkv7 import ModelDims
 
 READ_BYTES = 1 << 28  # of each thread: beyond any cache
@@ -36,6 +36,8 @@ class Limits(NamedTuple):
 def _read(address, count, out):
     a, b, c, d = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
     for i in range(0, count, 64):
+        for line in range(0, 256, 64):
+            prefetch(address + 4 * i + tiles.PREFETCH_BYTES + line)
         a, b = a + load(address, i), b + load(address, i + 16)
         c, d = c + load(address, i + 32), d + load(address, i + 48)
     store(out, 0, (a + b) + (c + d))

@@ -45,7 +45,7 @@ def ours(weights: Path, dtype: str, num_threads: int) -> Callable[[str], Case]:
     dims = dims_of(tensors, weights)
     model = FusedRWKV7(dims, pack(tensors, dims, dtype, num_threads), num_threads)
     state = model.new_state(MAX_BATCH + 1)
-    sampler = HostSampler(MAX_BATCH, ())
+    sampler = HostSampler(MAX_BATCH, (), num_threads)
     for seat in range(MAX_BATCH):
         sampler.start(seat, SamplingParams(temperature=0.0))
 
