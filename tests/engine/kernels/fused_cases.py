@@ -34,9 +34,7 @@ SHAPES = {
 DTYPES = ("float32", "bfloat16", "int8")
 
 
-def weights(
-    dims: ModelDims, dtype: torch.dtype = torch.bfloat16, seed: int = 0
-) -> dict[str, Tensor]:
+def weights(dims: ModelDims, seed: int = 0) -> dict[str, Tensor]:
     """Random, of a scale at which decays, rates and gates take all values they can."""
     with torch.device("meta"):
         expected = RWKV7(dims).state_dict()
