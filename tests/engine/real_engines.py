@@ -156,8 +156,6 @@ def mixed_params(number: int) -> SamplingParams:
 def text_ids(model: str, num_tokens: int, start: int = 0) -> list[int]:
     """Tokens of a text that the model may have been trained on, token 0 first."""
     is_demo = model.startswith("chat-demo")
-    if is_demo and not DEMO_VOCAB.exists():
-        pytest.skip(f"{DEMO_VOCAB.name} of ../shared is not there")
     ids = tokenizer_of(str(DEMO_VOCAB if is_demo else EMBEDDED_VOCAB)).encode(TEXT)
     if model.startswith("reverse"):
         ids = [1 + i % 11 for i in ids]

@@ -279,11 +279,11 @@ async def test_answers_that_take_turns_equal_those_that_ran_through(
 
 @pytest.mark.parametrize("model", MODELS)
 async def test_a_full_batch_answers_as_each_request_alone(model: str, tmp_path: Path) -> None:
-    prompts = [text_ids(model, 3 + 9 * number, start=number) for number in range(8)]
-    several = [mixed_params(number) for number in range(8)]
     table = real_table(
         model, tmp_path, max_batch_size=8, max_batch_tokens=400, enable_prefix_cache=False
     )
+    prompts = [text_ids(model, 3 + 9 * number, start=number) for number in range(8)]
+    several = [mixed_params(number) for number in range(8)]
     oracle, recorder = Oracle(table), Recorder()
     async with opened(table, recorder) as core:
         together = await asyncio.gather(*map(lambda *a: ask(core, *a), prompts, several))

@@ -32,6 +32,8 @@ SHAPES = {
     "128": replace(DIMS, embedded_dim=256, head_size=128, num_cells=2),
 }
 DTYPES = ("float32", "bfloat16", "int8")
+# A ragged batch: prompts and single tokens, in place and from one slot to another.
+LENGTHS, SRC, DST = (1, 13, 1, 2, 70, 1), (0, 3, 7, 0, 5, 2), (4, 3, 8, 1, 6, 2)
 
 
 def weights(dims: ModelDims, seed: int = 0) -> dict[str, Tensor]:

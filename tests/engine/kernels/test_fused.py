@@ -19,9 +19,12 @@ from engine.model.fused import FusedRWKV7
 from engine.model.rwkv7 import State
 from tests.engine.kernels.fused_cases import (
     DIMS,
+    DST,
     DTYPES,
+    LENGTHS,
     NUM_SLOTS,
     SHAPES,
+    SRC,
     batch,
     distance,
     exact,
@@ -31,7 +34,6 @@ from tests.engine.kernels.fused_cases import (
 )
 
 MAX_ERROR = {"float32": 2e-6, "bfloat16": 2e-6, "int8": 0.1}  # int8 alone: see test_linear
-LENGTHS, SRC, DST = (1, 13, 1, 2, 70, 1), (0, 3, 7, 0, 5, 2), (4, 3, 8, 1, 6, 2)
 
 
 @pytest.fixture(scope="module")

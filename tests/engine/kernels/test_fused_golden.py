@@ -18,6 +18,7 @@ pytest.importorskip("numba", reason="the fused kernels are numba's")
 
 from engine.model.fused import FusedRWKV7
 from engine.model.pack import pack
+from engine.model.rwkv7 import State
 
 SYMBOLS = "0123456789,#"
 
@@ -28,23 +29,25 @@ def fused(path: Path, dtype: str) -> FusedRWKV7:
     return FusedRWKV7(dims, pack(tensors, dims, dtype), num_threads=2)
 
 
-def logits_of(model: FusedRWKV7, texts: list[list[int]]) -> list[np.ndarray]:
-    """[tokens, V] of each text: all of them as one ragged batch from the zero state."""
-    lengths = [len(text) for text in texts]
-    zero, slots = torch.zeros(len(texts), dtype=torch.int64), torch.arange(1, len(texts) + 1)
+def fed(model: FusedRWKV7, texts: list[list[int]], state: State) -> tuple[Tensor, ...]:
+    """Logits [tokens, V] of each text, all as one ragged batch from the zero state; the first one's
+    state goes to slot 1, and so on."""
+    lengths, slots = [len(text) for text in texts], torch.arange(1, len(texts) + 1)
     ids = torch.tensor([token for text in texts for token in text])
-    hidden = model(ids, Batch(tuple(lengths), zero, slots), model.new_state(len(texts) + 1))
-    return [part.double().numpy() for part in model.head(hidden).split(lengths)]
+    hidden = model(ids, Batch(tuple(lengths), torch.zeros_like(slots), slots), state)
+    return model.head(hidden).split(lengths)
+
+
+def logits_of(model: FusedRWKV7, texts: list[list[int]]) -> list[np.ndarray]:
+    parts = fed(model, texts, model.new_state(len(texts) + 1))
+    return [part.double().numpy() for part in parts]
 
 
 def greedy(model: FusedRWKV7, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
     """One token of every prompt at a time."""
     state, size = model.new_state(len(prompts) + 1), len(prompts)
     slots = torch.arange(1, size + 1)
-    lengths = tuple(len(prompt) for prompt in prompts)
-    ids = torch.tensor([token for prompt in prompts for token in prompt])
-    hidden = model(ids, Batch(lengths, torch.zeros_like(slots), slots), state)
-    found: list[Tensor] = [model.head(hidden[torch.tensor(lengths).cumsum(0) - 1]).argmax(-1)]
+    found = [torch.stack([logits[-1].argmax() for logits in fed(model, prompts, state)])]
     for _ in range(num_tokens - 1):
         hidden = model(found[-1], Batch((1,) * size, slots, slots), state)
         found.append(model.head(hidden).argmax(-1))

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
-import sys
 
 import pytest
 
 pytest.importorskip("numba", reason="the fused kernels are numba's")
 
 from engine.kernels.cpu import features
-from tests.engine.kernels.fused_cases import DTYPES, SHAPES, batch, fused, random_state, tokens
-from tests.engine.kernels.test_linear import PATHS
-
-LENGTHS, SRC, DST = (1, 13, 1, 2, 70, 1), (0, 3, 7, 0, 5, 2), (4, 3, 8, 1, 6, 2)
+from tests.engine.kernels.fused_cases import (
+    DST,
+    DTYPES,
+    LENGTHS,
+    SHAPES,
+    SRC,
+    batch,
+    fused,
+    random_state,
+    tokens,
+)
+from tests.engine.kernels.processors import PATHS, digest_on
 
 
 def digest() -> str:
@@ -36,13 +41,6 @@ def digest() -> str:
 @pytest.mark.kernels  # it compiles for another processor
 @pytest.mark.parametrize("path", PATHS)
 def test_every_path_computes_the_same_model_to_the_bit(path: str) -> None:
-    name, extra = PATHS[path]
-    found = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import digest; print(digest())"],
-        env={**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": extra},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
+    found = digest_on(path, __name__)
     assert found[0] == path
-    assert found[1:] == digest().split()[1:]
+    assert found[1:] == digest().splitlines()[1:]

@@ -5,9 +5,6 @@ Other paths than this machine's are compiled in processes of their own, which pr
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -26,11 +23,8 @@ from engine.kernels.reference import dequantize
 from engine.model.pack import KINDS, MATRIX_NAMES, pack, padded
 from engine.model.quantize import quantize
 from tests.engine.kernels.fused_cases import SHAPES, weights
+from tests.engine.kernels.processors import PATHS, digest_on
 
-PATHS = {
-    "avx2": ("x86-64-v3", "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+sse4.2,+ssse3"),
-    "plain": ("generic", ""),
-}
 KEY_OF_FFN = MATRIX_NAMES.index("ffn.key.weight")
 DIMS = SHAPES["32"]  # 96 inputs, 416 outputs: neither a multiple of 64
 
@@ -149,13 +143,6 @@ def digest() -> str:
 @pytest.mark.kernels  # it compiles for another processor
 @pytest.mark.parametrize("path", PATHS)
 def test_every_path_gives_the_same_bits(path: str) -> None:
-    name, extra = PATHS[path]
-    found = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import digest; print(digest())"],
-        env={**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": extra},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split("\n")
+    found = digest_on(path, __name__)
     assert found[0] == path
-    assert found[1:4] == digest().split("\n")[1:]
+    assert found[1:] == digest().splitlines()[1:]
